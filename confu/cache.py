@@ -1,0 +1,180 @@
+"""The preallocated key-value cache of target and draft: B sequences of different lengths, compacted in place.
+
+Layout of one layer, for every sequence: S soft-prompt slots, then the sequence's own tokens. A forward over R rows
+writes them behind each sequence's length; `keep` then moves the accepted ones up and forgets the rest, so a
+rejected or abandoned row never has to be erased. It is a `transformers` Cache, so HF models write into it themselves.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+
+class KVCache(Cache):
+    """Keys and values of ``num_layers`` layers for ``batch_size`` sequences of up to ``capacity`` tokens.
+
+    ``lengths`` (on the host) counts the tokens kept for each sequence; only `keep`, `truncate` and `select` change it.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        batch_size: int,
+        num_kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        num_soft: int = 0,
+    ) -> None:
+        super().__init__(layers=[])
+        self.num_soft = num_soft
+        self.capacity = capacity
+        shape = (num_layers, batch_size, num_kv_heads, num_soft + capacity, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = [0] * batch_size
+        self._slots: Int[Tensor, "B R"] | slice = slice(0, 0)
+        self._view = slice(0, 0)
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.lengths)
+
+    def lengths_tensor(self) -> Int[Tensor, " B"]:
+        return torch.tensor(self.lengths, device=self.keys.device)
+
+    def write_soft(
+        self, keys: Float[Tensor, "L B heads S head_dim"], values: Float[Tensor, "L B heads S head_dim"]
+    ) -> None:
+        """Fill the soft slots (B may be 1: shared by all sequences)."""
+        self.keys[:, :, :, : self.num_soft] = keys
+        self.values[:, :, :, : self.num_soft] = values
+
+    def open_rows(self, num_rows: int, *, offset: int = 0, with_soft: bool = False) -> None:
+        """Choose where the next `update` of each layer writes: ``num_rows`` slots at length + ``offset``.
+
+        ``with_soft`` makes the soft prompts the first keys of what `update` returns.
+        """
+        first, last = min(self.lengths), max(self.lengths)
+        end = last + offset + num_rows
+        if end > self.capacity:
+            self.reserve(end)
+        base = self.num_soft + offset
+        if first == last:
+            self._slots = slice(base + last, base + last + num_rows)
+        else:
+            self._slots = (
+                (self.lengths_tensor() + base)[:, None] + torch.arange(num_rows, device=self.keys.device)
+            )  # fmt: skip
+        self._view = slice(0 if with_soft else self.num_soft, self.num_soft + end)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write the opened rows of one layer; return all keys and values up to the longest sequence's end."""
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        if isinstance(self._slots, slice):
+            keys[:, :, self._slots] = key_states
+            values[:, :, self._slots] = value_states
+        else:
+            index = self._slots[:, None, :, None].expand_as(key_states)
+            keys.scatter_(2, index, key_states)
+            values.scatter_(2, index, value_states)
+        return keys[:, :, self._view], values[:, :, self._view]
+
+    def row_mask(self, rows: Bool[Tensor, "B R W"], *, with_soft: bool | Bool[Tensor, "B R"]) -> Bool[Tensor, "B R K"]:
+        """Mask over the keys `update` returns: every row sees its sequence's prefix, and of the W rows written behind
+        it those that ``rows`` allows. ``with_soft`` says which rows see the soft prompts (False: they are not keys).
+        """
+        device, width = rows.device, rows.shape[2]
+        lengths = self.lengths_tensor()
+        end = max(self.lengths) + width
+        prefix = torch.arange(end, device=device) < lengths[:, None]
+        mask = prefix[:, None, :].repeat(1, rows.shape[1], 1)
+        slots = lengths[:, None] + torch.arange(width, device=device)
+        mask.scatter_(2, slots[:, None, :].expand_as(rows), rows)
+        if isinstance(with_soft, Tensor):
+            mask = torch.cat([with_soft[:, :, None].expand(-1, -1, self.num_soft), mask], dim=2)
+        return mask
+
+    def keep(self, path: Int[Tensor, "B M"], counts: list[int]) -> None:
+        """Keep the first ``counts[b]`` of the rows ``path[b]`` (ascending indices into the rows just written); drop the
+        others."""
+        steps = torch.arange(path.shape[1], device=path.device)
+        base = (self.lengths_tensor() + self.num_soft)[:, None]
+        source, target = base + path, base + steps
+        for store in (self.keys, self.values):
+            shape = (store.shape[0], -1, store.shape[2], -1, store.shape[4])
+            moved = store.gather(3, source[None, :, None, :, None].expand(shape))
+            store.scatter_(3, target[None, :, None, :, None].expand(shape), moved)
+        self.advance(counts)
+
+    def advance(self, counts: list[int]) -> None:
+        """Keep the first ``counts[b]`` of the rows just written, which lie in place already (prefill)."""
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+
+    def truncate(self, lengths: list[int]) -> None:
+        """Forget all but the first ``lengths[b]`` tokens of each sequence."""
+        for new, old in zip(lengths, self.lengths, strict=True):
+            if not 0 <= new <= old:
+                raise ValueError(f"Cannot cut a cache of {old} tokens to {new}; give 0 to {old}.")
+        self.lengths = list(lengths)
+
+    def select(self, sequences: list[int]) -> None:
+        """Keep only these sequences of the batch, in this order."""
+        index = torch.tensor(sequences, device=self.keys.device)
+        self.keys, self.values = self.keys.index_select(1, index), self.values.index_select(1, index)
+        self.lengths = [self.lengths[i] for i in sequences]
+
+    def reserve(self, capacity: int) -> None:
+        """Grow to at least ``capacity`` tokens, by half of what there was at least, so that growing stays rare."""
+        if capacity <= self.capacity:
+            return
+        capacity = max(capacity, self.capacity * 3 // 2)
+        extra = capacity - self.capacity
+        self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, extra))
+        self.values = torch.nn.functional.pad(self.values, (0, 0, 0, extra))
+        self.capacity = capacity
+
+
+class PrefixCache(Cache):
+    """Constant keys and values of a prefix before the rows of one differentiable forward (training of soft prompts).
+
+    ``soft_keys`` and ``soft_values`` carry gradient; the prefix does not. Nothing is stored.
+    """
+
+    def __init__(
+        self,
+        prefix: KVCache,
+        soft_keys: Float[Tensor, "L heads S head_dim"],
+        soft_values: Float[Tensor, "L heads S head_dim"],
+    ) -> None:
+        super().__init__(layers=[])
+        self.prefix, self.soft_keys, self.soft_values = prefix, soft_keys, soft_values
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        end = max(self.prefix.lengths)
+        batch = key_states.shape[0]
+
+        def join(soft: Tensor, kept: Tensor, new: Tensor) -> Tensor:
+            start = self.prefix.num_soft
+            return torch.cat(
+                [
+                    soft[layer_idx].to(new.dtype).expand(batch, -1, -1, -1),
+                    kept[layer_idx][:, :, start : start + end],
+                    new,
+                ],
+                dim=2,
+            )
+
+        return (
+            join(self.soft_keys, self.prefix.keys, key_states),
+            join(self.soft_values, self.prefix.values, value_states),
+        )

@@ -1,0 +1,265 @@
+"""Every setting of the package: frozen dataclasses, read from TOML or JSON, unknown keys refused with a suggestion.
+
+One line of documentation stands under each field; the command line shows that text as its help.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TreeConfig:
+    """Shape of the draft tree (METHOD: EAGLE-2's rule). Chain drafting is ``topk=1``."""
+
+    nodes: int = 30
+    """Nodes the target verifies each round, the root included (N)."""
+    depth: int = 6
+    """Levels of drafted tokens below the root."""
+    topk: int = 10
+    """Children expanded per node, and nodes expanded per level."""
+    contemplate: int | None = None
+    """Most probable nodes that carry a contemplate row (C); unset means every node, 0 switches the future off."""
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "depth", "topk"):
+            _at_least(self, name, 1)
+        if self.contemplate is not None:
+            _at_least(self, "contemplate", 0)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are drawn from the target; the defaults of ``transformers`` are not inherited."""
+
+    max_new_tokens: int = 256
+    """Most tokens to generate."""
+    temperature: float = 0.0
+    """0 is greedy; otherwise logits are divided by it."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probabilities reach this sum."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this fraction as probable as the best one."""
+    repetition_penalty: float = 1.0
+    """Divide (or multiply, when negative) the logits of tokens already seen by this."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer; the text ends before them."""
+    ignore_eos: bool = False
+    """Go on past the end-of-sequence token (for measurements)."""
+    seed: int = 0
+    """Seed of the draws; sequence i of a batch uses seed + i."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, "max_new_tokens", 1)
+        _at_least(self, "temperature", 0)
+        _at_least(self, "top_k", 0)
+        _at_least(self, "seed", 0)
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; give a number above 0 and up to 1 (1 keeps every token).")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}; give a number from 0 (off) to 1.")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; give a number above 0 (1 is off).")
+        if any(not text for text in self.stop):
+            raise ValueError("A stop string is empty; give at least one character.")
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """Architecture of a draft and of the target it belongs to; saved as ``config.json`` beside the weights."""
+
+    method: str
+    """``eagle3`` or ``confu``."""
+    target: str
+    """Name, folder or Hub id of the target."""
+    hidden_size: int
+    """Width D of target and draft."""
+    intermediate_size: int
+    """Width of the draft layer's MLP."""
+    num_attention_heads: int
+    """Query heads of the draft layer."""
+    num_key_value_heads: int
+    """Key-value heads of the draft layer, and of the target's layers (soft prompts)."""
+    head_dim: int
+    """Width of one head."""
+    vocab_size: int
+    """Target vocabulary V."""
+    draft_vocab_size: int
+    """Draft vocabulary U, the most frequent tokens of the training answers."""
+    num_target_layers: int
+    """Layers L of the target."""
+    feature_layers: tuple[int, int, int]
+    """Layers whose INPUT is captured (index into HF ``output_hidden_states``, 0 is the embedding)."""
+    max_position_embeddings: int
+    """Longest context, the target's own."""
+    rope_parameters: dict[str, Any]
+    """Rotary embedding settings as in the target's config."""
+    rms_norm_eps: float = 1e-5
+    """Epsilon of the draft's norms."""
+    num_soft_prompts: int = 0
+    """Soft-prompt tokens S in the target's KV cache (ConFu)."""
+    num_experts: int = 0
+    """Experts E of the [con] and [f] embeddings (ConFu)."""
+    top_experts: int = 0
+    """Experts kept by the router (K)."""
+    replication: int = 0
+    """Draft rows that one future prediction serves (l)."""
+    vocabulary_fingerprint: str = ""
+    """Hash of the token counts that chose the draft vocabulary."""
+
+    def __post_init__(self) -> None:
+        if self.method not in ("eagle3", "confu"):
+            raise ValueError(f"method is {self.method!r}; a draft is 'eagle3' or 'confu'.")
+        for name in ("hidden_size", "head_dim", "num_attention_heads", "num_key_value_heads", "draft_vocab_size"):
+            _at_least(self, name, 1)
+        if self.draft_vocab_size > self.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size is {self.draft_vocab_size}, more than the target's {self.vocab_size} tokens."
+            )
+        if self.method == "confu":
+            for name in ("num_soft_prompts", "num_experts", "top_experts", "replication"):
+                _at_least(self, name, 1)
+            if self.top_experts > self.num_experts:
+                raise ValueError(f"top_experts is {self.top_experts}, more than the {self.num_experts} experts.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training recipe (METHOD: training). One loop serves ``eagle3`` and ``confu``."""
+
+    method: str
+    """``eagle3`` or ``confu``."""
+    out: str
+    """Run folder: config, metrics, checkpoints and the final draft go here."""
+    data: tuple[str, ...]
+    """Chat JSONL files (``messages``, or ``prompt`` and ``response``)."""
+    target: str = "smollm2-135m"
+    """Name, folder or Hub id of the target."""
+    init: str | None = None
+    """Draft to start from; ConFu starts from a trained EAGLE-3 draft."""
+    draft_vocab_size: int = 8192
+    """Draft vocabulary U when a new one is counted."""
+    steps: int = 1000
+    """Optimiser steps."""
+    batch_tokens: int = 4096
+    """Tokens per step, padding included."""
+    max_length: int = 1024
+    """Longer conversations are cut here."""
+    ttt_steps: int = 6
+    """Training-time-test steps K: how many draft steps are unrolled."""
+    step_decay: float = 0.8
+    """Weight of unrolled step k is this to the power k."""
+    lr: float = 1e-3
+    """Peak learning rate of the draft layer and head."""
+    lr_prompts: float = 1e-2
+    """Peak learning rate of the soft prompts."""
+    lr_experts: float = 3e-3
+    """Peak learning rate of experts and routers."""
+    warmup: float = 0.03
+    """Share of the steps that warm up linearly; a cosine to a tenth follows."""
+    clip: float = 1.0
+    """Largest gradient norm of each parameter group."""
+    num_soft_prompts: int = 16
+    """Soft-prompt tokens S."""
+    num_experts: int = 8
+    """Experts E of each mixture."""
+    top_experts: int = 2
+    """Experts kept by the router."""
+    replication: int = 8
+    """Rows served by one anchor (l); about one anchor in l rows is drawn."""
+    max_router_lag: int = 7
+    """An anchor is routed by the state of a position 1 to this many steps before it."""
+    seed: int = 0
+    """Seed of data order, anchors and new weights."""
+    dtype: str = "bfloat16"
+    """Compute type of the target and of autocast; master weights stay float32."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        if self.method not in ("eagle3", "confu"):
+            raise ValueError(f"method is {self.method!r}; give 'eagle3' or 'confu'.")
+        if not self.data:
+            raise ValueError("data names no file; give at least one chat JSONL file.")
+        for name in ("steps", "batch_tokens", "ttt_steps", "draft_vocab_size", "checkpoint_every", "log_every"):
+            _at_least(self, name, 1)
+        for name in ("num_soft_prompts", "num_experts", "top_experts", "replication", "max_router_lag"):
+            _at_least(self, name, 1)
+        _at_least(self, "max_length", 8)
+        if self.method == "confu" and self.init is None:
+            raise ValueError("A confu run starts from a trained eagle3 draft; set init to its folder.")
+
+
+def from_dict(cls: type[T], values: dict[str, Any], *, source: str) -> T:
+    """Build a config dataclass from parsed TOML or JSON.
+
+    Raises ValueError naming ``source`` for an unknown key (with the closest known one), a missing key or a wrong type.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(fields))}."
+            raise ValueError(f"{source}: unknown key {key!r}; {hint}")
+    missing = [n for n, f in fields.items() if n not in values and _is_required(f)]
+    if missing:
+        raise ValueError(f"{source}: missing {', '.join(missing)}; add it.")
+    cast = {key: _coerce(value, hints[key], f"{source}: {key}") for key, value in values.items()}
+    try:
+        return cls(**cast)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def load_toml(cls: type[T], path: str | Path, overrides: dict[str, Any] | None = None) -> T:
+    """Read a config from a TOML file; ``overrides`` win over the file."""
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"No recipe at {path}; give the path of a TOML file.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}.") from None
+    return from_dict(cls, values | (overrides or {}), source=str(path))
+
+
+def to_json(config: Any) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """Accept what JSON and TOML can say for the types used above; anything else is a sentence."""
+    kinds = getattr(hint, "__args__", ()) if "|" in str(hint) else (hint,)
+    for kind in kinds:
+        origin = getattr(kind, "__origin__", kind)
+        if origin is tuple and isinstance(value, (list, tuple)):
+            return tuple(value)
+        if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if origin is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if origin in (str, bool, dict, type(None)) and isinstance(value, origin):
+            return value
+    raise ValueError(f"{where} is {value!r}; expected {getattr(hint, '__name__', hint)}.")
+
+
+def _at_least(config: Any, name: str, low: float) -> None:
+    value = getattr(config, name)
+    if not value >= low:
+        raise ValueError(f"{name} is {value}; give {low} or more.")

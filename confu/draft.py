@@ -1,0 +1,242 @@
+"""The draft network: one EAGLE-3 decoder layer (METHOD 3), and for ConFu the contemplation weights (METHOD 4).
+
+This file is arithmetic on rows only; who attends to whom is decided by the callers, `drafter.py` when decoding and
+`objective.py` when training, so both use the very same weights in the very same way.
+
+Shapes: B batch, R rows, D hidden width, U draft vocabulary, V target vocabulary, H query heads, G key-value heads.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from confu.config import DraftConfig, from_dict, to_json
+from confu.contemplate import Contemplation
+
+
+class Norm(nn.Module):
+    """RMS norm in float32, as Llama computes it."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Projections of the draft's attention; queries, keys and values read rows of width 2D."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        width, head = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(2 * width, config.num_attention_heads * head, bias=False)
+        self.k_proj = nn.Linear(2 * width, config.num_key_value_heads * head, bias=False)
+        self.v_proj = nn.Linear(2 * width, config.num_key_value_heads * head, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * head, width, bias=False)
+
+
+class Mlp(nn.Module):
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """The one decoder layer; names are those of EAGLE-3 checkpoints."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = Norm(width, eps)
+        self.hidden_norm = Norm(width, eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = Norm(width, eps)
+        self.mlp = Mlp(config)
+
+
+class DraftModel(nn.Module):
+    """EAGLE-3 draft; with ``config.method == "confu"`` it also owns the target-side and draft-side future weights.
+
+    Token embeddings are the target's and are passed in. ``d2t`` is an offset: target id = draft id + d2t[draft id].
+    """
+
+    d2t: Int[Tensor, " U"]
+    t2d: Tensor
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.fc = nn.Linear(3 * config.hidden_size, config.hidden_size, bias=False)
+        self.midlayer = Layer(config)
+        self.norm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
+        self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
+        self.contemplation = Contemplation(config) if config.method == "confu" else None
+        self._rotary = (_rotary(config),)  # in a tuple: .to(bfloat16) must not round its frequencies
+
+    def fuse(self, features: Float[Tensor, "... 3D"]) -> Float[Tensor, "... D"]:
+        """g = W_fc h: target features to draft width. Never applied to the draft's own recycled state."""
+        return self.fc(features)
+
+    def row(self, embedding: Float[Tensor, "... D"], hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... 2D"]:
+        """Input of the attention projections: normed embedding first, normed hidden second."""
+        layer = self.midlayer
+        return torch.cat([layer.input_layernorm(embedding), layer.hidden_norm(hidden)], dim=-1)
+
+    def queries(self, row: Float[Tensor, "B R 2D"], positions: Int[Tensor, "B R"]) -> Float[Tensor, "B H R head"]:
+        return self._rotate(self._heads(self.midlayer.self_attn.q_proj(row)), positions)
+
+    def keys_values(
+        self, row: Float[Tensor, "B R 2D"], positions: Int[Tensor, "B R"]
+    ) -> tuple[Float[Tensor, "B G R head"], Float[Tensor, "B G R head"]]:
+        attention = self.midlayer.self_attn
+        return self._rotate(self._heads(attention.k_proj(row)), positions), self._heads(attention.v_proj(row))
+
+    def future_row(
+        self, future: Float[Tensor, "B R 3D"], states: Float[Tensor, "B R D"], anchors: Int[Tensor, "B R"]
+    ) -> tuple[Float[Tensor, "B G R head"], Float[Tensor, "B G R head"]]:
+        """Keys and values of the [f] rows: experts routed by g of the anchor token (``states``), hidden W_fc f,
+        position one past the anchor."""
+        assert self.contemplation is not None
+        row = self.row(self.contemplation.future(states).to(states.dtype), self.fuse(future))
+        return self.keys_values(row, anchors + 1)
+
+    def finish(self, hidden: Float[Tensor, "B R D"], attended: Float[Tensor, "B H R head"]) -> Float[Tensor, "B R D"]:
+        """Rest of the layer after attention. The residual is the un-normed ``hidden``; the result is recycled as is."""
+        layer = self.midlayer
+        hidden = hidden + layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
+        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+    def logits(self, out: Float[Tensor, "... D"]) -> Float[Tensor, "... U"]:
+        return self.lm_head(self.norm(out))
+
+    def set_vocabulary(self, token_ids: Int[Tensor, " U"]) -> None:
+        """Take these target ids, sorted ascending, as the draft vocabulary."""
+        self.d2t.copy_(token_ids - torch.arange(len(token_ids), device=token_ids.device))
+        self.t2d.zero_()
+        self.t2d[token_ids] = True
+
+    def target_ids(self) -> Int[Tensor, " U"]:
+        """The target id of every draft id."""
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+
+    def _rotate(self, x: Float[Tensor, "B heads R head"], positions: Int[Tensor, "B R"]) -> Tensor:
+        cos, sin = self._rotary[0](x, positions)
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        left, right = x.chunk(2, dim=-1)
+        return (x * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
+
+    def save(self, folder: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Write ``config.json`` and ``model.safetensors`` (floating-point weights in ``dtype``)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(to_json(self.config), encoding="utf-8")
+        tensors = {
+            name: (value.to(dtype) if value.is_floating_point() else value).contiguous().cpu()
+            for name, value in self.state_dict().items()
+        }
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> DraftModel:
+        """Read a draft folder; every key must be there, with its shape, and finite.
+
+        Raises ValueError with one sentence for a missing, corrupt, partial or foreign file.
+        """
+        folder = Path(folder)
+        config = load_draft_config(folder)
+        model = cls(config)
+        path = folder / "model.safetensors"
+        try:
+            weights = load_file(path)
+        except FileNotFoundError:
+            raise ValueError(f"No model.safetensors in {folder}; give the folder of a trained draft.") from None
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a readable safetensors file ({error}); copy or train it again.") from None
+        expected = model.state_dict()
+        _check_keys(weights, expected, path)
+        if any(not torch.isfinite(w).all() for w in weights.values() if w.is_floating_point()):
+            raise ValueError(f"{path} holds NaN or infinite weights; copy or train it again.")
+        model.load_state_dict(weights)
+        return model.to(device=device, dtype=dtype).eval()
+
+
+def attend(
+    queries: Float[Tensor, "B H R head"],
+    keys: Float[Tensor, "B G K head"],
+    values: Float[Tensor, "B G K head"],
+    mask: Bool[Tensor, "B R K"],
+) -> Float[Tensor, "B H R head"]:
+    """Masked grouped-query attention; the query heads of a group become rows, so keys and values are never repeated."""
+    batch, heads, rows, head_dim = queries.shape
+    groups = keys.shape[1]
+    folded = queries.reshape(batch, groups, heads // groups * rows, head_dim)
+    mask = mask[:, None].repeat(1, 1, heads // groups, 1)
+    out = nn.functional.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
+    return out.view(batch, heads, rows, head_dim)
+
+
+def load_draft_config(folder: str | Path) -> DraftConfig:
+    """Read and check a draft's ``config.json``; ValueError with one sentence when it is missing or wrong."""
+    path = Path(folder) / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"No config.json in {folder}; give the folder of a trained draft.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, not a JSON object of settings.")
+    return from_dict(DraftConfig, values, source=str(path))
+
+
+def _check_keys(weights: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
+    missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing or extra:
+        raise ValueError(
+            f"{path} does not hold this draft: missing {missing or 'nothing'}, unknown {extra or 'nothing'}."
+        )
+    for name, value in expected.items():
+        if weights[name].shape != value.shape:
+            raise ValueError(
+                f"{path}: {name} is {tuple(weights[name].shape)}, but config.json asks for {tuple(value.shape)}."
+            )
+
+
+def _rotary(config: DraftConfig) -> nn.Module:
+    """The target family's own rotary embedding, so that scaled variants (llama3, yarn, linear) come for free."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    return LlamaRotaryEmbedding(
+        LlamaConfig(
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_position_embeddings,
+            rope_parameters=config.rope_parameters,
+        )
+    )

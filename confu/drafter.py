@@ -1,0 +1,196 @@
+"""Drafters: what proposes the tree that the target verifies.
+
+A drafter keeps its own state per batch and answers two calls: `commit` an accepted path, `grow` the next tree. The
+state shows one list, `lengths`, and can be truncated and narrowed like the target's cache. `TreeDrafter` runs the
+EAGLE-3 / ConFu network; `lookup.py` and `assistant.py` hold two drafters that need no training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from confu.cache import KVCache
+from confu.config import TreeConfig
+from confu.contemplate import Contemplation
+from confu.draft import DraftModel, attend
+from confu.target import Target
+from confu.tree import Candidates, Frontier, Tree
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """Rows that entered the target's cache: a stretch of the prompt, or the accepted path of a round."""
+
+    tokens: Int[Tensor, "B M"]
+    """Their tokens, padded at the right."""
+    counts: list[int]
+    """How many of the M rows are real, for each sequence."""
+    next_tokens: Int[Tensor, " B"]
+    """The token after the last real row, not yet in the cache: the next tree's root."""
+    features: Float[Tensor, "B M 3D"]
+    """Captured target states h of the rows."""
+    future: Float[Tensor, "B 3D"] | None = None
+    """Future prediction f of one of the rows; None when nothing contemplates."""
+    anchors: Int[Tensor, " B"] | None = None
+    """Index, among the M rows, of the token that f follows."""
+
+
+class DraftState(Protocol):
+    lengths: list[int]
+
+    def truncate(self, lengths: list[int]) -> None: ...
+    def select(self, sequences: list[int]) -> None: ...
+
+
+class Drafter(Protocol):
+    """Proposes trees. ``contemplation`` is None for every drafter but ConFu's."""
+
+    name: str
+    contemplation: Contemplation | None
+
+    def new_state(self, batch_size: int, capacity: int) -> Any: ...
+    def commit(self, state: Any, accepted: Accepted) -> None: ...
+    def grow(self, state: Any, config: TreeConfig) -> Tree: ...
+
+
+class TreeState:
+    """KV cache of the draft layer (soft slot 0 holds the [f] row), and the root row's output, from which trees grow."""
+
+    def __init__(self, cache: KVCache, root: Tensor, out: Tensor) -> None:
+        self.cache, self.root, self.out = cache, root, out
+        self.has_future = False
+
+    @property
+    def lengths(self) -> list[int]:
+        return self.cache.lengths
+
+    def truncate(self, lengths: list[int]) -> None:
+        self.cache.truncate(lengths)
+
+    def select(self, sequences: list[int]) -> None:
+        self.cache.select(sequences)
+        self.root, self.out = self.root[sequences], self.out[sequences]
+
+
+class TreeDrafter:
+    """The EAGLE-3 network, or ConFu's when the draft contemplates: one code path, the future row is its only branch."""
+
+    def __init__(self, draft: DraftModel, target: Target) -> None:
+        config = draft.config
+        for what, ours, theirs in (
+            ("vocabulary", config.vocab_size, target.vocab_size),
+            ("hidden width", config.hidden_size, target.hidden_size),
+            ("number of layers", config.num_target_layers, target.num_layers),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"This draft was trained for a target with {what} {ours}, but the target has {theirs}; "
+                    f"use its own target ({config.target}) or train a draft for this one."
+                )
+        target.feature_layers = config.feature_layers
+        self.name = config.method
+        self.draft, self.target = draft, target
+        self.contemplation = draft.contemplation
+        self._target_ids = draft.target_ids()
+
+    def new_state(self, batch_size: int, capacity: int) -> TreeState:
+        config, target = self.draft.config, self.target
+        cache = KVCache(
+            1,
+            batch_size,
+            config.num_key_value_heads,
+            capacity,
+            config.head_dim,
+            dtype=target.dtype,
+            device=target.device,
+            num_soft=1,
+        )
+        root = torch.zeros(batch_size, dtype=torch.int64, device=target.device)
+        return TreeState(
+            cache, root, torch.zeros(batch_size, config.hidden_size, dtype=target.dtype, device=target.device)
+        )
+
+    def commit(self, state: TreeState, accepted: Accepted) -> None:
+        """Row i takes h[i] and the embedding of token i+1 (METHOD 3). All rows leave keys and values; only the last
+        one, from which the next tree grows, is run to its output."""
+        draft, cache, counts = self.draft, state.cache, accepted.counts
+        device = accepted.tokens.device
+        last = (torch.tensor(counts, device=device) - 1).clamp(min=0)[:, None]
+        num_rows = accepted.tokens.shape[1]
+
+        following = accepted.tokens.roll(-1, dims=1).scatter(1, last, accepted.next_tokens[:, None])
+        fused = draft.fuse(accepted.features)  # [B, M, D]
+        row = draft.row(self.target.embed(following), fused)
+        positions = cache.lengths_tensor()[:, None] + torch.arange(num_rows, device=device)
+
+        state.has_future = accepted.future is not None
+        if accepted.future is not None and accepted.anchors is not None:
+            anchor = accepted.anchors[:, None]
+            keys, values = draft.future_row(accepted.future[:, None], _take(fused, anchor), positions.gather(1, anchor))
+            cache.write_soft(keys[None], values[None])
+
+        cache.open_rows(num_rows, with_soft=state.has_future)
+        keys, values = cache.update(*draft.keys_values(row, positions), 0)
+        visible = torch.arange(num_rows, device=device) <= last[:, :, None]  # [B, 1, M]
+        queries = draft.queries(_take(row, last), positions.gather(1, last))
+        attended = attend(queries, keys, values, self._mask(state, visible))
+        state.out = draft.finish(_take(fused, last), attended)[:, 0]
+        state.root = accepted.next_tokens
+        cache.advance(counts)
+
+    def grow(self, state: TreeState, config: TreeConfig) -> Tree:
+        """EAGLE-2's tree: ``depth`` levels, the best ``topk`` nodes of each expanded, the best N nodes kept."""
+        cache = state.cache
+        batch, device = len(state.lengths), state.root.device
+        candidates = Candidates(config.topk)
+        zeros = torch.zeros(batch, 1, device=device)
+        out = state.out[:, None]  # [B, 1, D]
+        frontier = candidates.add_level(self._log_probs(out), self._target_ids, zeros, zeros.long() - 1)
+        width = frontier.tokens.shape[1]
+        itself = torch.eye(width, dtype=torch.bool, device=device).expand(batch, -1, -1)
+        reach = itself[:, :, :0]  # which drafted rows each frontier row sees; grows by one level a step
+        positions = cache.lengths_tensor()[:, None].expand(-1, width)
+
+        for level in range(config.depth - 1):
+            if level > 0:
+                reach = reach.gather(1, frontier.origin[:, :, None].expand(-1, -1, reach.shape[2]))
+            reach = torch.cat([reach, itself], dim=2)
+            hidden = _take(out, frontier.origin)
+            out = self._step(state, frontier, hidden, positions + level, reach)
+            frontier = candidates.add_level(
+                self._log_probs(out), self._target_ids, frontier.scores, frontier.candidates
+            )
+        return candidates.prune(state.root, config.nodes)
+
+    def _step(
+        self,
+        state: TreeState,
+        frontier: Frontier,
+        hidden: Float[Tensor, "B k D"],
+        positions: Int[Tensor, "B k"],
+        reach: Tensor,
+    ) -> Float[Tensor, "B k D"]:
+        """One draft forward over the frontier: its rows see the prefix, their own ancestors, themselves and f."""
+        draft, cache = self.draft, state.cache
+        width = hidden.shape[1]
+        row = draft.row(self.target.embed(frontier.tokens), hidden)
+        cache.open_rows(width, offset=reach.shape[2] - width, with_soft=state.has_future)
+        keys, values = cache.update(*draft.keys_values(row, positions), 0)
+        attended = attend(draft.queries(row, positions), keys, values, self._mask(state, reach))
+        return draft.finish(hidden, attended)
+
+    def _mask(self, state: TreeState, rows: Tensor) -> Tensor:
+        everyone = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
+        return state.cache.row_mask(rows, with_soft=everyone if state.has_future else False)
+
+    def _log_probs(self, out: Float[Tensor, "B R D"]) -> Float[Tensor, "B R U"]:
+        return self.draft.logits(out).float().log_softmax(dim=-1)
+
+
+def _take(rows: Float[Tensor, "B R W"], index: Int[Tensor, "B I"]) -> Float[Tensor, "B I W"]:
+    return rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2]))

@@ -1,0 +1,370 @@
+"""The decode loop (METHOD 4 to 6): grow a tree, verify it with its contemplate rows in one pass, walk, keep, repeat.
+
+`Decoder.stream` is the primitive, one record per token; `generate` is a loop over it. A `Session` carries both caches
+from one call to the next, so that a conversation never reads its prefix twice.
+
+Shapes: B sequences still running, M accepted nodes of the longest path, D hidden width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from confu.cache import KVCache
+from confu.config import SamplingConfig, TreeConfig
+from confu.drafter import Accepted, Drafter
+from confu.stats import Stats
+from confu.target import Target, Verified
+from confu.text import TextStream
+from confu.tree import Tree, root_only
+from confu.verify import Sampler, Walk, walk
+
+PREFILL_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token."""
+
+    id: int
+    text: str
+    """Text that became certain with this token; pieces join to the answer."""
+    from_draft: bool
+    """Drafted and accepted; otherwise the target's own."""
+    logprob: float
+    """Log-probability under the target before temperature and filters."""
+    sequence: int = 0
+    """Index of the prompt in the batch."""
+    finish_reason: str | None = None
+    """On a sequence's last token: "stop" (EOS or stop string) or "length" (token limit or end of context)."""
+    rejected: tuple[int, ...] = ()
+    """On a target's own token: the draft's most probable path from here that the target did not take."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished answer."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    tokens: list[Token]
+
+
+@dataclass
+class Session:
+    """Both caches, and the tokens they hold, between the calls for one conversation (or one batch of them)."""
+
+    cache: KVCache | None = None
+    state: Any = None
+    tokens: list[list[int]] = field(default_factory=list)
+
+    def reusable(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """How many leading tokens of each prompt both caches hold. The draft's row i also read token i+1, and the last
+        two prompt tokens always run again: the one that routes the contemplate row and the one that carries it."""
+        if self.cache is None or len(prompts) != len(self.tokens):
+            return [0] * len(prompts)
+        kept = []
+        draft_lengths = self.state.lengths if self.state is not None else self.cache.lengths
+        for prompt, old, target_length, draft_length in zip(
+            prompts, self.tokens, self.cache.lengths, draft_lengths, strict=True
+        ):
+            limit = min(target_length, draft_length)
+            common = next(
+                (i for i, (a, b) in enumerate(zip(prompt, old, strict=False)) if a != b), min(len(prompt), len(old))
+            )
+            kept.append(max(0, min(common - 1, limit, len(prompt) - 2)))
+        return kept
+
+
+class Decoder:
+    """Target and drafter joined. ``drafter=None`` is plain decoding by the same engine: the honest baseline."""
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter | None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        tree: TreeConfig | None = None,
+    ) -> None:
+        self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
+        self.tree = tree or TreeConfig()
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig | None = None,
+        *,
+        session: Session | None = None,
+        stats: Stats | None = None,
+    ) -> list[Result]:
+        """Answers to all prompts (token ids); ``stats`` is filled on the way."""
+        tokens: list[list[Token]] = [[] for _ in prompts]
+        for token in self.stream(prompts, sampling, session=session, stats=stats):
+            tokens[token.sequence].append(token)
+        return [
+            Result("".join(t.text for t in answer), [t.id for t in answer], answer[-1].finish_reason or "", answer)
+            for answer in tokens
+        ]
+
+    @torch.inference_mode()
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig | None = None,
+        *,
+        session: Session | None = None,
+        stats: Stats | None = None,
+    ) -> Iterator[Token]:
+        """Yield tokens as rounds accept them. Caches are committed before a round's tokens are yielded, so a generator
+        may be dropped at any point and its session used again.
+
+        Raises ValueError for an empty prompt or one that fills the context, and for stop strings without a tokenizer.
+        """
+        began = time.perf_counter()
+        sampling, stats, session = sampling or SamplingConfig(), stats or Stats(), session or Session()
+        self._check(prompts, sampling)
+        running = _Running(self, prompts, sampling, stats)
+
+        # 1. prefill: all prompt tokens but the last, which is the root of the first, undrafted tree
+        router_state = self._prefill(session, prompts, stats)
+        cache, state = session.cache, session.state
+        assert cache is not None
+        tree = root_only(self._tensor([prompt[-1] for prompt in prompts]))
+
+        while True:
+            # 2. verify the tree in one pass, contemplate rows riding along, and walk down the drawn tokens
+            clock = time.perf_counter()
+            verified = self._verify(cache, tree, router_state)
+            drawn = running.sampler.draw(verified.logits, tree, running.seen)
+            step = walk(tree, drawn)
+            round_tokens = tree.tokens.gather(1, step.path)  # [B, M]
+            verify_seconds = time.perf_counter() - clock
+
+            # 3. both caches keep the accepted path; the f of its last contemplated node feeds the next tree
+            clock = time.perf_counter()
+            features = _rows(verified.features, step.path)
+            last = self._tensor(step.counts)[:, None] - 1
+            router_state = _rows(features, last)[:, 0]
+            cache.keep(step.path, step.counts)
+            if self.drafter is not None:
+                self.drafter.commit(state, _accepted(round_tokens, step, features, verified))
+            running.note_cached(session, round_tokens, step.counts)
+            draft_seconds = time.perf_counter() - clock
+
+            # 4. emit
+            is_round = tree.tokens.shape[1] > 1 or running.started
+            if is_round:
+                stats.target_seconds += verify_seconds
+                stats.draft_seconds += draft_seconds
+            tokens = running.emit(tree, step, round_tokens, verified.logits, is_round=is_round)
+            stats.wall_seconds = time.perf_counter() - began
+            if not is_round:
+                stats.prefill_seconds = stats.wall_seconds
+            yield from tokens
+
+            # 5. drop finished sequences, grow the next trees
+            alive = running.drop_finished()
+            if not alive:
+                return
+            if len(alive) < len(step.counts):
+                cache.select(alive)
+                session.tokens = [session.tokens[i] for i in alive]
+                router_state = router_state[alive]
+                if state is not None:
+                    state.select(alive)
+            clock = time.perf_counter()
+            tree = self.drafter.grow(state, self.tree) if self.drafter else root_only(step.bonus[alive])
+            stats.draft_seconds += time.perf_counter() - clock
+
+    def _verify(self, cache: KVCache, tree: Tree, router_state: Tensor) -> Verified:
+        contemplation = self.drafter.contemplation if self.drafter else None
+        num_nodes = tree.tokens.shape[1]
+        num_con = num_nodes if self.tree.contemplate is None else min(self.tree.contemplate, num_nodes)
+        return self.target.verify(cache, tree, contemplation, num_con=num_con, router_state=router_state)
+
+    def _prefill(self, session: Session, prompts: Sequence[Sequence[int]], stats: Stats) -> Float[Tensor, "B 3D"]:
+        """Bring every prompt but its last token into both caches; returns h of the last one, or zeros if none ran."""
+        reused = session.reusable(prompts)
+        contemplation = self.drafter.contemplation if self.drafter else None
+        capacity = max(map(len, prompts)) + 2 * self.tree.nodes + 64
+        if session.cache is None or len(session.tokens) != len(prompts):
+            session.cache = self.target.new_cache(len(prompts), capacity, contemplation)
+            session.state = self.drafter.new_state(len(prompts), capacity) if self.drafter else None
+        cache, state = session.cache, session.state
+        cache.truncate(reused)
+        if state is not None:
+            state.truncate(reused)
+        session.tokens = [list(prompt[:n]) for prompt, n in zip(prompts, reused, strict=True)]
+        stats.prompt_tokens, stats.cached_tokens = sum(map(len, prompts)), sum(reused)
+
+        rest = [prompt[n:] for prompt, n in zip(prompts, reused, strict=True)]
+        router_state = torch.zeros(
+            len(prompts), 3 * self.target.hidden_size, dtype=self.target.dtype, device=self.target.device
+        )
+        for first in range(0, max(map(len, rest)) - 1, PREFILL_CHUNK):
+            pieces = [r[first : min(first + PREFILL_CHUNK, len(r) - 1)] for r in rest]
+            counts = [len(piece) for piece in pieces]
+            following = self._tensor([r[min(first + c, len(r) - 1)] for r, c in zip(rest, counts, strict=True)])
+            tokens = self._tensor([[*p, *[0] * (max(counts) - len(p))] for p in pieces])
+            features = self.target.prefill(cache, tokens, counts)
+            if self.drafter is not None:
+                self.drafter.commit(state, Accepted(tokens, counts, following, features))
+            count = self._tensor(counts)[:, None]
+            router_state = torch.where(count > 0, _rows(features, (count - 1).clamp(min=0))[:, 0], router_state)
+            session.tokens = [[*old, *piece] for old, piece in zip(session.tokens, pieces, strict=True)]
+        return router_state
+
+    def _check(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> None:
+        if not prompts:
+            raise ValueError("No prompt was given; give at least one list of token ids.")
+        for number, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(f"Prompt {number} has no tokens; give at least one.")
+            if len(prompt) >= self.target.max_positions:
+                raise ValueError(
+                    f"Prompt {number} has {len(prompt)} tokens, but the target's context is "
+                    f"{self.target.max_positions}; shorten it."
+                )
+        if sampling.stop and self.tokenizer is None:
+            raise ValueError("Stop strings need the tokenizer; give one to the Decoder, or leave stop empty.")
+
+    def _tensor(self, values: Any) -> Int[Tensor, "..."]:
+        return torch.tensor(values, device=self.target.device)
+
+
+class _Running:
+    """Host-side bookkeeping of the sequences still running: what was emitted, what ends them, what they drew with."""
+
+    def __init__(
+        self, decoder: Decoder, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, stats: Stats
+    ) -> None:
+        self.decoder, self.sampling, self.stats = decoder, sampling, stats
+        self.sampler = Sampler(sampling, len(prompts))
+        self.sequences = list(range(len(prompts)))
+        self.texts = [TextStream(decoder.tokenizer, sampling.stop) for _ in prompts]
+        self.emitted = [0] * len(prompts)
+        self.limits = [min(sampling.max_new_tokens, decoder.target.max_positions - len(p)) for p in prompts]
+        self.finished = [False] * len(prompts)
+        self.started = False
+        self.eos_ids = frozenset() if sampling.ignore_eos else decoder.target.eos_ids
+        stats.round_lengths = [[] for _ in prompts]
+        stats.round_accepted = [[] for _ in prompts]
+        self.seen = None
+        if sampling.repetition_penalty != 1:
+            self.seen = torch.zeros(
+                len(prompts), decoder.target.vocab_size, dtype=torch.bool, device=decoder.target.device
+            )
+            for row, prompt in zip(self.seen, prompts, strict=True):
+                row[list(prompt)] = True
+
+    def note_cached(self, session: Session, round_tokens: Tensor, counts: list[int]) -> None:
+        """Write down which tokens the caches now hold, and, for the repetition penalty, which were seen."""
+        for tokens, row, count in zip(session.tokens, round_tokens.tolist(), counts, strict=True):
+            tokens += row[:count]
+        if self.seen is not None:
+            self.seen.scatter_(1, round_tokens[:, :1], True)
+            for seen, row, count in zip(self.seen, round_tokens, counts, strict=True):
+                seen[row[:count]] = True
+
+    def emit(
+        self, tree: Tree, step: Walk, round_tokens: Tensor, logits: Float[Tensor, "B N V"], *, is_round: bool
+    ) -> list[Token]:
+        """The new tokens of this round, cut exactly at EOS, a stop string or the limit."""
+        width = round_tokens.shape[1]
+        at = (self.decoder._tensor(step.counts) - 1)[:, None]
+        drawn = round_tokens.roll(-1, dims=1).scatter(1, at, step.bonus[:, None])  # token drawn at each path node
+        logprobs = _rows(logits, step.path).log_softmax(dim=-1).gather(2, drawn[:, :, None])[:, :, 0].tolist()
+        rejected = _best_untaken(tree, step) if is_round else [()] * len(step.counts)
+        tokens: list[Token] = []
+        for row, (ids, count) in enumerate(zip(drawn.tolist(), step.counts, strict=True)):
+            sequence, kept = self.sequences[row], 0
+            assert count <= width
+            for place in range(count):
+                from_draft = place < count - 1
+                token = self._token(
+                    row, ids[place], logprobs[row][place], from_draft, () if from_draft else rejected[row]
+                )
+                tokens.append(token)
+                kept += 1
+                if token.finish_reason:
+                    self.finished[row] = True
+                    break
+            self.stats.num_tokens += kept
+            if is_round:
+                self.stats.num_draft_tokens += int(tree.valid[row].sum()) - 1
+                self.stats.round_lengths[sequence].append(kept)
+                self.stats.round_accepted[sequence].append(min(kept, count - 1))
+        self.started = True
+        return tokens
+
+    def _token(self, row: int, token_id: int, logprob: float, from_draft: bool, rejected: tuple[int, ...]) -> Token:
+        text = self.texts[row]
+        self.emitted[row] += 1
+        is_eos = token_id in self.eos_ids
+        piece = "" if is_eos else text.push(token_id)
+        reason = None
+        if is_eos or text.stopped:
+            reason = "stop"
+        elif self.emitted[row] >= self.limits[row]:
+            reason = "length"
+        if reason:
+            piece += text.flush()
+        return Token(token_id, piece, from_draft, logprob, self.sequences[row], reason, rejected)
+
+    def drop_finished(self) -> list[int]:
+        """Rows of the batch that go on; the bookkeeping of the others is dropped."""
+        alive = [row for row, finished in enumerate(self.finished) if not finished]
+        if len(alive) < len(self.finished) and alive:
+            for name in ("sequences", "texts", "emitted", "limits", "finished"):
+                values = getattr(self, name)
+                setattr(self, name, [values[row] for row in alive])
+            self.sampler.select(alive)
+            if self.seen is not None:
+                self.seen = self.seen[alive]
+        return alive
+
+
+def _accepted(round_tokens: Tensor, step: Walk, features: Tensor, verified: Verified) -> Accepted:
+    """What the drafter commits. f comes from the last accepted node that carried a contemplate row: the last node
+    itself when all carry one, else its nearest ancestor (METHOD 8; the root always carries one)."""
+    if verified.future is None or verified.con_nodes is None:
+        return Accepted(round_tokens, step.counts, step.bonus, features)
+    device = round_tokens.device
+    real = torch.arange(step.path.shape[1], device=device) < torch.tensor(step.counts, device=device)[:, None]
+    matches = (verified.con_nodes[:, :, None] == step.path[:, None, :]) & real[:, None, :]  # [B, C, M]
+    order = torch.arange(1, matches.shape[1] + 1, device=device)
+    chosen = (matches.any(2) * order).argmax(1)[:, None]
+    anchors = matches.gather(1, chosen[:, :, None].expand(-1, -1, matches.shape[2])).float().argmax(2)[:, 0]
+    return Accepted(round_tokens, step.counts, step.bonus, features, _rows(verified.future, chosen)[:, 0], anchors)
+
+
+def _best_untaken(tree: Tree, step: Walk) -> list[tuple[int, ...]]:
+    """Tokens of the draft's best-scored path from the last accepted node, which the target left; empty at a leaf."""
+    last = step.path.gather(1, torch.tensor(step.counts, device=step.path.device)[:, None] - 1)
+    below = tree.ancestors.gather(2, last[:, None, :].expand(-1, tree.tokens.shape[1], -1))[:, :, 0] & tree.valid
+    below = below.scatter(1, last, False)
+    paths: list[tuple[int, ...]] = []
+    for row in range(len(step.counts)):
+        nodes = below[row].nonzero()[:, 0]
+        if len(nodes) == 0:
+            paths.append(())
+            continue
+        # Among the deepest continuations, the one the draft believed most.
+        depth = tree.depths[row, nodes]
+        best = nodes[(depth * 1e4 + tree.scores[row, nodes]).argmax()]
+        on_path = (tree.ancestors[row, best] & below[row]).nonzero()[:, 0]
+        paths.append(tuple(tree.tokens[row, on_path].tolist()))
+    return paths
+
+
+def _rows(states: Float[Tensor, "B N W"], index: Int[Tensor, "B M"]) -> Float[Tensor, "B M W"]:
+    return states.gather(1, index[:, :, None].expand(-1, -1, states.shape[2]))

@@ -1,0 +1,283 @@
+"""The training objective: training-time test over draft steps, with future predictions of anchor tokens (METHOD 4).
+
+Rows and steps: row i of a sequence starts a chain; its step k reads token x[i+1+k] at position i+k and is taught the
+target's distribution of x[i+2+k]. Only rows that some step supervises are run at all; the others leave just their
+step-0 keys and values, which is all that later rows read of them.
+
+Shapes: B batch, T tokens, Q supervised rows of a sequence, A anchors, R supervised rows of the batch, U draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from confu.cache import PrefixCache
+from confu.contemplate import Contemplation
+from confu.data import Batch
+from confu.draft import DraftModel
+from confu.target import Target
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The supervised rows of a batch, gathered to the front of each sequence."""
+
+    index: Int[Tensor, "B Q"]
+    """Row number i within its sequence; 0 where padded."""
+    supervised: Bool[Tensor, "K B Q"]
+    """Whether step k of the row counts; a row of step k+1 is one of step k."""
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """Positions that carry a contemplate row, the positions that route them, and which anchor serves which row."""
+
+    position: Int[Tensor, "B A"]
+    router: Int[Tensor, "B A"]
+    served_by: Int[Tensor, "B Q"]
+    """Index of the latest anchor a with a <= i < a + l; -1 where none reaches the row."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    total: Float[Tensor, ""]
+    """Sum over steps of decay^k times the KL of step k, per supervised token; carries gradient."""
+    kl: Float[Tensor, " K"]
+    """Mean KL of each step."""
+    accuracy: Float[Tensor, " K"]
+    """Share of rows whose draft argmax is the target's, both over the draft vocabulary."""
+    num_supervised: int
+
+
+def supervised_steps(spans: Int[Tensor, "B T"], ttt_steps: int) -> Bool[Tensor, "K B T"]:
+    """Step k of row i counts iff x[i+1 .. i+2+k] lie in one assistant span (METHOD 4; spans are contiguous)."""
+    padded = torch.nn.functional.pad(spans, (0, ttt_steps + 1))
+    width = spans.shape[1]
+    first = padded[:, 1 : 1 + width]
+    return torch.stack([(first > 0) & (first == padded[:, 2 + k : 2 + k + width]) for k in range(ttt_steps)])
+
+
+def gather_rows(supervised: Bool[Tensor, "K B T"]) -> Rows:
+    """Move each sequence's supervised rows to the front, in order, and drop the rest."""
+    any_step = supervised[0]
+    width = int(any_step.sum(1).max())
+    index = (~any_step).to(torch.uint8).sort(dim=1, stable=True).indices[:, :width]
+    return Rows(index, supervised.gather(2, index.expand(len(supervised), -1, -1)))
+
+
+def draw_anchors(
+    rows: Rows, num_tokens: int, *, replication: int, max_router_lag: int, generator: torch.Generator
+) -> Anchors:
+    """One anchor in every ``replication`` rows, jittered within its block, from the first supervised row on.
+
+    The router of an anchor sits 1 to ``max_router_lag`` positions before it, as when decoding, where all nodes of a
+    tree are routed by the token accepted before the tree.
+    """
+    valid = rows.supervised[0]
+    first = torch.where(valid, rows.index, num_tokens).min(dim=1).values
+    last = torch.where(valid, rows.index, -1).max(dim=1).values
+    num_blocks = int(((last - first) // replication).max()) + 1
+    batch = len(first)
+    jitter = torch.randint(replication, (batch, num_blocks), generator=generator)
+    jitter[:, 0] = 0  # the last prompt token always contemplates when decoding
+    position = (first[:, None] + torch.arange(num_blocks) * replication + jitter).clamp(1, num_tokens - 2)
+    lag = torch.randint(1, max_router_lag + 1, (batch, num_blocks), generator=generator)
+    distance = rows.index[:, :, None] - position[:, None, :]  # [B, Q, A]
+    in_reach = (distance >= 0) & (distance < replication)
+    latest = torch.where(in_reach, distance, replication).min(dim=2)
+    served_by = torch.where(latest.values < replication, latest.indices, -1)
+    return Anchors(position, (position - lag).clamp(min=0), served_by)
+
+
+def losses(
+    draft: DraftModel,
+    target: Target,
+    batch: Batch,
+    *,
+    ttt_steps: int,
+    step_decay: float,
+    max_router_lag: int = 1,
+    generator: torch.Generator | None = None,
+) -> Losses:
+    """Forward pass of one batch: frozen target, contemplate rows of the anchors, K unrolled draft steps."""
+    rows = gather_rows(supervised_steps(batch.spans, ttt_steps))
+    tokens = batch.tokens
+    cache = target.new_cache(len(tokens), tokens.shape[1]) if draft.contemplation else None
+    features, final = target.teach(tokens, cache)
+
+    future, served_by = None, None
+    if draft.contemplation is not None and cache is not None:
+        assert generator is not None
+        anchors = draw_anchors(
+            rows,
+            tokens.shape[1],
+            replication=draft.config.replication,
+            max_router_lag=max_router_lag,
+            generator=generator,
+        )
+        states = contemplate(target, draft.contemplation, PrefixCache(
+            cache, draft.contemplation.soft_keys, draft.contemplation.soft_values
+        ), features, anchors)  # fmt: skip
+        fused = draft.fuse(_at(features, anchors.position))
+        future, served_by = draft.future_row(states, fused, anchors.position), anchors.served_by
+
+    valid = rows.supervised[0]
+    taught = _at(final, rows.index + 1)[valid]  # [R, D]; flat order is by sequence, then row
+    teacher = target.head_rows(taught, draft.target_ids())  # [R, U]
+    outs = unroll(draft, target, tokens, features, rows, future, served_by)
+    return _distil(draft, outs, teacher, rows, step_decay)
+
+
+def contemplate(
+    target: Target,
+    contemplation: Contemplation,
+    prefix: PrefixCache,
+    features: Float[Tensor, "B T 3D"],
+    anchors: Anchors,
+) -> Float[Tensor, "B A 3D"]:
+    """f of every anchor: one row each, behind the soft prompts and the prefix up to the anchor, through the frozen
+    layers with gradient. Anchors do not see each other."""
+    con = contemplation.con(_at(features, anchors.router)).to(features.dtype)
+    batch, num_anchors = anchors.position.shape
+    num_soft = prefix.soft_keys.shape[2]
+    keys = torch.arange(features.shape[1])
+    mask = torch.cat(
+        [
+            torch.ones(batch, num_anchors, num_soft, dtype=torch.bool),
+            keys <= anchors.position[:, :, None],
+            torch.eye(num_anchors, dtype=torch.bool).expand(batch, -1, -1),
+        ],
+        dim=2,
+    )
+    return target.forward_rows(con, anchors.position + 1, mask, prefix, num_logits=0)[1]
+
+
+def unroll(
+    draft: DraftModel,
+    target: Target,
+    tokens: Int[Tensor, "B T"],
+    features: Float[Tensor, "B T 3D"],
+    rows: Rows,
+    future: tuple[Float[Tensor, "B G A head"], Float[Tensor, "B G A head"]] | None,
+    served_by: Int[Tensor, "B Q"] | None,
+) -> list[Float[Tensor, "B Q D"]]:
+    """Outputs of the K unrolled steps. Step k attends step-0 keys up to its row, the keys that its own row left in
+    steps 1..k, and the [f] row of the anchor that serves it: all but the first kind are one key per row."""
+    fused = draft.fuse(features)  # [B, T, D]
+    row0 = draft.row(target.embed(tokens.roll(-1, dims=1)), fused)
+    keys0, values0 = draft.keys_values(row0, torch.arange(tokens.shape[1]).expand(tokens.shape))
+    causal = torch.arange(tokens.shape[1]) <= rows.index[:, :, None]  # [B, Q, T]
+
+    own: list[tuple[Tensor, Tensor, Tensor | None]] = []  # keys, values [B, G, Q, head], visible [B, Q]
+    if future is not None and served_by is not None:
+        index = served_by.clamp(min=0)[:, None, :, None].expand(-1, future[0].shape[1], -1, future[0].shape[3])
+        own.append((future[0].gather(2, index), future[1].gather(2, index), served_by >= 0))
+
+    hidden, outs = _at(fused, rows.index), []
+    for step in range(len(rows.supervised)):
+        following = tokens.gather(1, (rows.index + 1 + step).clamp(max=tokens.shape[1] - 1))
+        row = draft.row(target.embed(following), hidden)
+        positions = rows.index + step
+        if step > 0:
+            own.append((*draft.keys_values(row, positions), None))
+        attended = _attend(draft.queries(row, positions), keys0, values0, causal, own)
+        hidden = draft.finish(hidden, attended)
+        outs.append(hidden)
+    return outs
+
+
+def _attend(
+    queries: Float[Tensor, "B H Q head"],
+    keys: Float[Tensor, "B G T head"],
+    values: Float[Tensor, "B G T head"],
+    causal: Bool[Tensor, "B Q T"],
+    own: list[tuple[Tensor, Tensor, Tensor | None]],
+) -> Float[Tensor, "B H Q head"]:
+    """Softmax in float32 over the shared keys and each row's own extra keys."""
+    _, heads, num_rows, head_dim = queries.shape
+    groups = keys.shape[1]
+    query = queries.unflatten(1, (groups, heads // groups)) * head_dim**-0.5  # [B, G, rep, Q, head]
+    shared = query.flatten(2, 3) @ keys.transpose(-1, -2)
+    shared = shared.unflatten(2, (-1, num_rows)).float().masked_fill(~causal[:, None, None], -torch.inf)
+    scores = [shared]
+    for key, _, visible in own:
+        score = (query * key[:, :, None]).sum(-1, keepdim=True).float()
+        scores.append(score if visible is None else score.masked_fill(~visible[:, None, None, :, None], -torch.inf))
+    weights = torch.cat(scores, dim=-1).softmax(dim=-1).to(values.dtype)
+    width = keys.shape[2]
+    out = (weights[..., :width].flatten(2, 3) @ values).unflatten(2, (-1, num_rows))
+    for place, (_, value, _) in enumerate(own):
+        out = out + weights[..., width + place, None] * value[:, :, None]
+    return out.flatten(1, 2)
+
+
+def _distil(
+    draft: DraftModel, outs: list[Tensor], teacher: Float[Tensor, "R U"], rows: Rows, step_decay: float
+) -> Losses:
+    """KL(target || draft) over the draft vocabulary, summed over steps with decay, per supervised token."""
+    log_p = teacher.float().log_softmax(dim=-1)
+    p = log_p.exp()
+    negative_entropy = torch.linalg.vecdot(p, log_p)
+    best = p.argmax(-1)
+    valid = rows.supervised[0]
+    total = torch.zeros((), device=teacher.device)
+    kls, accuracies = [], []
+    for step, out in enumerate(outs):
+        counted = rows.supervised[step]
+        taught_by = counted[valid].nonzero()[:, 0] + step  # row i of step k is taught at x[i+1+k], k rows further on
+        cross_entropy, hits = HeadCrossEntropy.apply(
+            draft.norm(out[counted]), draft.lm_head.weight, p, best, taught_by
+        )  # fmt: skip
+        kl = cross_entropy + negative_entropy[taught_by].sum()
+        total = total + step_decay**step * kl
+        count = max(len(taught_by), 1)
+        kls.append(kl.detach() / count)
+        accuracies.append(hits / count)
+    num_supervised = int(valid.sum())
+    return Losses(total / max(num_supervised, 1), torch.stack(kls), torch.stack(accuracies), num_supervised)
+
+
+class HeadCrossEntropy(torch.autograd.Function):
+    """Sum over rows of the cross entropy -sum_u p[u] log softmax(x W^T)[u], and how many rows have p's argmax.
+
+    Runs in chunks that stay in the processor's cache and forms the gradient on the way (it is softmax - p), so the
+    [R, U] logits never exist as a whole.
+    """
+
+    CHUNK = 512
+
+    @staticmethod
+    def forward(ctx, x, weight, p, best, taught_by):  # type: ignore[override]
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        narrow_x, narrow_w = x.to(dtype), weight.to(dtype)
+        grad_x = torch.empty(x.shape, dtype=dtype, device=x.device)
+        grad_w = torch.zeros_like(weight)
+        total = torch.zeros((), device=x.device)
+        hits = torch.zeros((), device=x.device)
+        for first in range(0, len(x), HeadCrossEntropy.CHUNK):
+            piece = slice(first, first + HeadCrossEntropy.CHUNK)
+            logits = (narrow_x[piece] @ narrow_w.T).float()
+            hits += (logits.argmax(-1) == best[taught_by[piece]]).sum()
+            log_q = logits.log_softmax(dim=-1)
+            wanted = p[taught_by[piece]]
+            total -= torch.linalg.vecdot(wanted, log_q).sum()
+            grad = log_q.exp_().sub_(wanted).to(dtype)
+            grad_x[piece] = grad @ narrow_w
+            grad_w += grad.T @ narrow_x[piece]
+        ctx.save_for_backward(grad_x, grad_w)
+        ctx.dtype = x.dtype
+        ctx.mark_non_differentiable(hits)
+        return total, hits
+
+    @staticmethod
+    def backward(ctx, grad_total, _):  # type: ignore[override]
+        grad_x, grad_w = ctx.saved_tensors
+        return grad_x.to(ctx.dtype) * grad_total, grad_w * grad_total, None, None, None
+
+
+def _at(states: Float[Tensor, "B T W"], positions: Int[Tensor, "B P"]) -> Float[Tensor, "B P W"]:
+    return states.gather(1, positions[:, :, None].expand(-1, -1, states.shape[2]))

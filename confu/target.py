@@ -1,0 +1,235 @@
+"""The frozen target: a Hugging Face causal LM run through its own modelling code.
+
+One batched forward reads tree nodes and contemplate rows together, with explicit positions and a mask; it returns
+logits of the nodes, the captured low/mid/high states of nodes (h) and contemplate rows (f), and leaves all keys and
+values in a `KVCache`, from which `keep` retains the accepted path. METHOD 3 (features) and 4 (target side).
+
+Shapes: B batch, T tokens, N tree nodes, C contemplate rows, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from confu.cache import KVCache
+from confu.contemplate import Contemplation, tree_rows_mask
+from confu.tree import Tree
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What one verification forward returns."""
+
+    logits: Float[Tensor, "B N V"]
+    """Target logits at every node, float32."""
+    features: Float[Tensor, "B N 3D"]
+    """Captured states h of every node."""
+    future: Float[Tensor, "B C 3D"] | None
+    """Captured states f of the contemplate rows."""
+    con_nodes: Int[Tensor, "B C"] | None
+    """The node each contemplate row follows."""
+
+
+class Target:
+    """A frozen causal LM that verifies trees. It never changes the model's weights or configuration.
+
+    Raises ValueError for a model whose layers cannot take a tree mask (encoder-decoder, recurrent, sliding window).
+    """
+
+    def __init__(self, model: PreTrainedModel, feature_layers: tuple[int, int, int] | None = None) -> None:
+        config: Any = model.config.get_text_config()
+        _refuse_unsupported(model, config)
+        self.model = model.eval().requires_grad_(False)
+        self.hidden_size: int = config.hidden_size
+        self.vocab_size: int = model.get_input_embeddings().num_embeddings  # type: ignore[union-attr, assignment]
+        self.num_layers: int = config.num_hidden_layers
+        self.num_kv_heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.max_positions: int = config.max_position_embeddings
+        self.feature_layers = feature_layers or default_feature_layers(self.num_layers)
+        self.eager = config._attn_implementation == "eager"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """End-of-sequence ids of the generation config, as `generate` uses them."""
+        generation = self.model.generation_config
+        ids = generation.eos_token_id if generation is not None else None
+        if ids is None:
+            ids = self.model.config.get_text_config().eos_token_id
+        return frozenset([ids] if isinstance(ids, int) else ids or [])
+
+    @property
+    def head_weight(self) -> Float[Tensor, "V D"]:
+        head: Any = self.model.get_output_embeddings()
+        return head.weight
+
+    def embed(self, tokens: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows D"]:
+        """The target's input embeddings, shared with the draft."""
+        return self.model.get_input_embeddings()(tokens)
+
+    def new_cache(self, batch_size: int, capacity: int, contemplation: Contemplation | None = None) -> KVCache:
+        cache = KVCache(
+            self.num_layers,
+            batch_size,
+            self.num_kv_heads,
+            capacity,
+            self.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+            num_soft=contemplation.soft_keys.shape[2] if contemplation else 0,
+        )
+        if contemplation:
+            cache.write_soft(contemplation.soft_keys[:, None], contemplation.soft_values[:, None])
+        return cache
+
+    def prefill(self, cache: KVCache, tokens: Int[Tensor, "B T"], counts: list[int]) -> Float[Tensor, "B T 3D"]:
+        """Run ordinary tokens behind what the cache holds and keep ``counts[b]`` of them; returns their features.
+
+        Sequences shorter than T are padded at the right with any token.
+        """
+        num_rows = tokens.shape[1]
+        cache.open_rows(num_rows)
+        mask = None  # an empty cache: plain causal attention, with the fast kernels that have no mask
+        if max(cache.lengths) > 0:
+            causal = torch.ones(num_rows, num_rows, dtype=torch.bool, device=self.device).tril()
+            mask = cache.row_mask(causal.expand(len(counts), -1, -1), with_soft=False)
+        positions = cache.lengths_tensor()[:, None] + torch.arange(num_rows, device=self.device)
+        _, features = self.forward_rows(self.embed(tokens), positions, mask, cache, num_logits=0)
+        cache.advance(counts)
+        return features
+
+    def verify(
+        self,
+        cache: KVCache,
+        tree: Tree,
+        contemplation: Contemplation | None = None,
+        *,
+        num_con: int = 0,
+        router_state: Float[Tensor, "B 3D"] | None = None,
+    ) -> Verified:
+        """One forward over the tree and the contemplate rows of its ``num_con`` most probable nodes.
+
+        ``router_state`` is h of the latest accepted token; it chooses the experts of [con].
+        """
+        num_nodes = tree.tokens.shape[1]
+        lengths = cache.lengths_tensor()[:, None]
+        # Nodes past the end of the context can never be emitted; they only must not break position tables.
+        embeddings, positions = self.embed(tree.tokens), (lengths + tree.depths).clamp(max=self.max_positions - 1)
+        if contemplation is None or num_con == 0:
+            cache.open_rows(num_nodes)
+            mask = cache.row_mask(tree.ancestors, with_soft=False)
+            logits, features = self.forward_rows(embeddings, positions, mask, cache, num_logits=num_nodes)
+            return Verified(logits, features, None, None)
+
+        assert router_state is not None
+        con_nodes = tree.most_probable(num_con)
+        con = contemplation.con(router_state).to(embeddings.dtype)[:, None].expand(-1, con_nodes.shape[1], -1)
+        con_positions = positions.gather(1, con_nodes) + 1
+        rows = tree_rows_mask(tree.ancestors, con_nodes)
+        is_con = torch.arange(rows.shape[1], device=self.device).expand(rows.shape[:2]) >= num_nodes
+        cache.open_rows(rows.shape[1], with_soft=True)
+        logits, states = self.forward_rows(
+            torch.cat([embeddings, con], dim=1),
+            torch.cat([positions, con_positions], dim=1),
+            cache.row_mask(rows, with_soft=is_con),
+            cache,
+            num_logits=num_nodes,
+        )
+        return Verified(logits, states[:, :num_nodes], states[:, num_nodes:], con_nodes)
+
+    def teach(
+        self, tokens: Int[Tensor, "B T"], cache: KVCache | None
+    ) -> tuple[Float[Tensor, "B T 3D"], Float[Tensor, "B T D"]]:
+        """Training: features and final states of whole sequences, without gradient; fills an empty ``cache``."""
+        layers = [*self.feature_layers, self.num_layers]
+        if cache is not None:
+            cache.open_rows(tokens.shape[1])
+        with torch.no_grad():
+            out = self.model(
+                input_ids=tokens,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                output_hidden_states=layers,
+                logits_to_keep=torch.arange(0, device=tokens.device),
+            )
+        if cache is not None:
+            cache.advance([tokens.shape[1]] * len(tokens))
+        *features, final = (out.hidden_states[layer] for layer in layers)
+        return torch.cat(features, dim=-1), final
+
+    def head_rows(self, final: Float[Tensor, "R D"], token_ids: Int[Tensor, " U"]) -> Float[Tensor, "R U"]:
+        """Logits of some tokens only, from final states."""
+        with torch.no_grad():
+            return torch.nn.functional.linear(final, self.head_weight[token_ids])
+
+    def forward_rows(
+        self,
+        embeddings: Float[Tensor, "B R D"],
+        positions: Int[Tensor, "B R"],
+        mask: Bool[Tensor, "B R K"] | None,
+        cache: Cache,
+        *,
+        num_logits: int,
+    ) -> tuple[Float[Tensor, "B num_logits V"], Float[Tensor, "B R 3D"]]:
+        """The model's own forward; logits (float32) of the first ``num_logits`` rows, captured states of all rows."""
+        attention_mask = None
+        if mask is not None:
+            attention_mask = mask[:, None]
+            if self.eager:  # eager attention adds its mask
+                low = torch.finfo(embeddings.dtype).min
+                attention_mask = torch.zeros_like(attention_mask, dtype=embeddings.dtype).masked_fill_(
+                    ~attention_mask, low
+                )
+        out = self.model(
+            inputs_embeds=embeddings,
+            position_ids=positions,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=True,
+            output_hidden_states=list(self.feature_layers),
+            logits_to_keep=torch.arange(num_logits, device=embeddings.device),
+        )
+        features = torch.cat([out.hidden_states[layer] for layer in self.feature_layers], dim=-1)
+        return out.logits.float(), features
+
+
+def default_feature_layers(num_layers: int) -> tuple[int, int, int]:
+    """Inputs of layers 2, L//2 and L-3 (METHOD 3; index into HF ``output_hidden_states``)."""
+    if num_layers < 6:
+        raise ValueError(
+            f"The target has {num_layers} layers; EAGLE-3's three feature layers 2, L//2, L-3 need at least 6. "
+            "Name three layers with feature_layers."
+        )
+    return 2, num_layers // 2, num_layers - 3
+
+
+def _refuse_unsupported(model: PreTrainedModel, config: Any) -> None:
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder-decoder; only decoder-only models can be a target.")
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise ValueError(
+            f"{name} has layers of type {', '.join(sorted(kinds - {'full_attention'}))}; "
+            "only full attention can read a tree in one forward."
+        )
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"{name} is loaded with attention {config._attn_implementation!r}, which takes no tree mask; "
+            "load it with attn_implementation='sdpa' or 'eager'."
+        )

@@ -1,0 +1,64 @@
+"""Incremental decoding of token ids to text: never half a character, never part of a stop string."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+
+class TextStream:
+    """Turns one sequence's ids into pieces of text that, joined, are the decoded answer.
+
+    A piece is held back while it ends inside a UTF-8 character or could become a stop string. ``stopped`` is set once
+    a stop string is complete; the text ends before it. Without a tokenizer every piece is empty.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, stop: tuple[str, ...] = ()) -> None:
+        self.tokenizer, self.stop = tokenizer, stop
+        self.stopped = False
+        self._ids: list[int] = []
+        self._start = 0  # ids before this are out of reach: their text can no longer change
+        self._done = 0  # ids before this have been turned into text
+        self._held = ""
+
+    def push(self, token_id: int) -> str:
+        """Text that became certain with this token."""
+        if self.tokenizer is None or self.stopped:
+            return ""
+        self._ids.append(token_id)
+        return self._release(self._new_text())
+
+    def flush(self) -> str:
+        """What was held back, at the end of the answer."""
+        if self.tokenizer is None or self.stopped:
+            return ""
+        text = self._held + self._new_text(final=True)
+        self._held = ""
+        return text
+
+    def _new_text(self, *, final: bool = False) -> str:
+        """Text of the ids not yet turned into text; empty while it ends in an incomplete character.
+
+        The ids just before are decoded along, because a tokenizer may join neighbours (leading spaces)."""
+        before = self._decode(self._ids[self._start : self._done])
+        after = self._decode(self._ids[self._start :])
+        if after.endswith("\ufffd") and not final and len(self._ids) - self._done < 8:
+            return ""
+        self._start, self._done = self._done, len(self._ids)
+        return after[len(before) :]
+
+    def _release(self, piece: str) -> str:
+        text = self._held + piece
+        ends = [at for at in (text.find(stop) for stop in self.stop) if at >= 0]
+        if ends:
+            self.stopped = True
+            return text[: min(ends)]
+        hold = max(
+            (n for stop in self.stop for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])),
+            default=0,
+        )
+        self._held = text[len(text) - hold :]
+        return text[: len(text) - hold]
+
+    def _decode(self, ids: list[int]) -> str:
+        assert self.tokenizer is not None
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -1,0 +1,137 @@
+"""Draft trees: grown level by level by EAGLE-2's rule, pruned to a node budget, laid out parents first (METHOD 5).
+
+All functions are batched and level-parallel. Nodes of a tree are rows: node 0 is the root (the last token the target
+drew itself), every parent comes before its children, and `ancestors` is the attention mask among the rows.
+
+Shapes: B batch, N nodes, k top-k, U draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A batch of trees of N nodes. Short trees are padded with invalid nodes that see only themselves."""
+
+    tokens: Int[Tensor, "B N"]
+    """Target token id of every node; node 0 is the root."""
+    parents: Int[Tensor, "B N"]
+    """Index of the parent; 0 for the root itself."""
+    depths: Int[Tensor, "B N"]
+    """Distance from the root."""
+    ancestors: Bool[Tensor, "B N N"]
+    """``[b, i, j]``: j is i or an ancestor of i."""
+    scores: Float[Tensor, "B N"]
+    """Sum of the draft's log-probabilities from the root; 0 at the root, -inf for padding."""
+
+    @property
+    def valid(self) -> Bool[Tensor, "B N"]:
+        return self.scores > -torch.inf
+
+    def most_probable(self, count: int) -> Int[Tensor, "B C"]:
+        """Indices, ascending, of the ``count`` nodes of highest score; the root is always among them."""
+        count = min(count, self.tokens.shape[1])
+        order = self.scores.sort(dim=1, descending=True, stable=True).indices  # stable: root and parents win ties
+        return order[:, :count].sort(dim=1).values
+
+
+def from_parents(tokens: Int[Tensor, "B N"], parents: Int[Tensor, "B N"], scores: Float[Tensor, "B N"]) -> Tree:
+    """Depths and ancestor mask from parent pointers (parents before children). One small step per level."""
+    num_nodes = tokens.shape[1]
+    ancestors = torch.eye(num_nodes, dtype=torch.bool, device=tokens.device).expand(len(tokens), -1, -1)
+    valid = scores > -torch.inf
+    # A node sees its parent, the parent's parent, ...: doubling the reach needs log2(N) steps.
+    reach = torch.zeros_like(ancestors).scatter(2, parents[:, :, None], valid[:, :, None]) | ancestors
+    for _ in range(max(num_nodes - 1, 1).bit_length()):
+        reach = (reach.float() @ reach.float()) > 0
+    return Tree(tokens, parents, reach.sum(2) - 1, reach, scores)
+
+
+def root_only(tokens: Int[Tensor, " B"]) -> Tree:
+    """Trees of one node: nothing drafted yet, or nothing to draft."""
+    column = tokens[:, None]
+    return from_parents(column, torch.zeros_like(column), torch.zeros(column.shape, device=tokens.device))
+
+
+def chain(root: Int[Tensor, " B"], drafted: Int[Tensor, "B M"], counts: Int[Tensor, " B"]) -> Tree:
+    """Trees that are one path: the first ``counts[b]`` of ``drafted[b]``, each the child of the one before."""
+    batch, length = drafted.shape
+    steps = torch.arange(length, device=drafted.device)
+    real = steps < counts[:, None]
+    zero = torch.zeros(batch, 1, device=drafted.device)
+    scores = torch.cat([zero, torch.where(real, -(steps + 1.0) * 1e-3, -torch.inf)], dim=1)
+    parents = torch.cat([zero.long(), torch.where(real, steps, 0)], dim=1)
+    return from_parents(torch.cat([root[:, None], drafted], dim=1), parents, scores)
+
+
+class Candidates:
+    """All nodes scored while a tree grows; `prune` keeps the best of them as a `Tree`.
+
+    Level 1 holds the k children of the root, every further level the k children of each of its k frontier nodes.
+    """
+
+    def __init__(self, topk: int) -> None:
+        self.topk = topk
+        self.tokens: list[Tensor] = []
+        self.parents: list[Tensor] = []
+        self.scores: list[Tensor] = []
+        self.num = 0
+
+    def add_level(
+        self,
+        log_probs: Float[Tensor, "B F U"],
+        target_ids: Int[Tensor, " U"],
+        scores: Float[Tensor, "B F"],
+        parents: Int[Tensor, "B F"],
+    ) -> Frontier:
+        """Score the children of F frontier nodes; returns the best k of them, the next frontier.
+
+        ``scores`` and ``parents`` are the frontier nodes' own path scores and candidate indices (-1: the root).
+        """
+        topk = min(self.topk, log_probs.shape[2])
+        best, ids = log_probs.topk(topk, dim=2)
+        path_scores = (scores[:, :, None] + best).flatten(1)
+        tokens = target_ids[ids].flatten(1)
+        self.tokens.append(tokens)
+        self.scores.append(path_scores)
+        self.parents.append(parents.repeat_interleave(topk, dim=1))
+        kept, where = path_scores.topk(topk, dim=1)
+        frontier = Frontier(tokens.gather(1, where), kept, where // topk, where + self.num)
+        self.num += tokens.shape[1]
+        return frontier
+
+    def prune(self, root: Int[Tensor, " B"], num_nodes: int) -> Tree:
+        """Root plus the best ``num_nodes - 1`` candidates. A child never scores above its parent, and the stable sort
+        lets the earlier one win a tie, so parents always survive and come first."""
+        tokens, scores = torch.cat(self.tokens, 1), torch.cat(self.scores, 1)
+        parents = torch.cat(self.parents, 1)
+        count = min(num_nodes - 1, tokens.shape[1])
+        best = scores.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
+        # Candidate index -> node index, by rank among the kept; the root (-1) is node 0.
+        rank = torch.zeros_like(parents).scatter(1, best, 1).cumsum(1)
+        chosen = parents.gather(1, best)
+        nodes = torch.where(chosen < 0, 0, rank.gather(1, chosen.clamp(min=0)))
+        zero = torch.zeros_like(root)[:, None]
+        return from_parents(
+            torch.cat([root[:, None], tokens.gather(1, best)], dim=1),
+            torch.cat([zero, nodes], dim=1),
+            torch.cat([zero.to(scores.dtype), scores.gather(1, best)], dim=1),
+        )
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The k nodes whose children are drafted next."""
+
+    tokens: Int[Tensor, "B k"]
+    scores: Float[Tensor, "B k"]
+    origin: Int[Tensor, "B k"]
+    """Row, within the level above, of each node's parent."""
+    candidates: Int[Tensor, "B k"]
+    """Index of each node among all candidates."""

@@ -1,0 +1,119 @@
+"""Exact verification: one draw per node from the target, then a walk down the tree (METHOD 6).
+
+Draft trees are deterministic, so drawing y from the target at a node and stepping into the child equal to y, if there
+is one, leaves exactly the target's distribution: every emitted token is a draw of the target itself.
+
+Shapes: B batch, N tree nodes, M accepted nodes of the longest path, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from confu.config import SamplingConfig
+from confu.tree import Tree
+
+Warper = Callable[[Float[Tensor, "R V"]], Float[Tensor, "R V"]]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The accepted path of each tree and the token drawn behind it."""
+
+    path: Int[Tensor, "B M"]
+    """Node indices, ascending from the root; padded by unaccepted nodes."""
+    counts: list[int]
+    """Accepted nodes, the root included."""
+    bonus: Int[Tensor, " B"]
+    """The target's own token after the last accepted node."""
+
+
+def walk(tree: Tree, drawn: Int[Tensor, "B N"]) -> Walk:
+    """Follow the drawn tokens: a node is accepted when it and all its ancestors equal what their parents drew.
+
+    This is the round's one transfer to the host (the counts).
+    """
+    agrees = (tree.tokens == drawn.gather(1, tree.parents)) & tree.valid
+    agrees[:, 0] = True
+    accepted = (~tree.ancestors | agrees[:, None, :]).all(dim=2) & tree.valid
+    counts = accepted.sum(1)
+    host_counts: list[int] = counts.tolist()
+    path = (~accepted).to(torch.uint8).sort(dim=1, stable=True).indices[:, : max(host_counts)]
+    last = path.gather(1, counts[:, None] - 1)
+    return Walk(path, host_counts, drawn.gather(1, last)[:, 0])
+
+
+class Sampler:
+    """Draws from the target's warped distribution; argmax at temperature 0. One generator for each sequence, so that a
+    sequence draws the same tokens alone and in a batch."""
+
+    def __init__(self, config: SamplingConfig, num_sequences: int) -> None:
+        self.config = config
+        self.warpers = _warpers(config)
+        self.generators = [torch.Generator().manual_seed(config.seed + i) for i in range(num_sequences)]
+
+    def select(self, sequences: list[int]) -> None:
+        self.generators = [self.generators[i] for i in sequences]
+
+    def draw(
+        self, logits: Float[Tensor, "B N V"], tree: Tree, seen: Bool[Tensor, "B V"] | None = None
+    ) -> Int[Tensor, "B N"]:
+        """One token for every node. ``seen`` marks the tokens of each prefix, for the repetition penalty; every node
+        adds its own ancestors to it."""
+        if seen is not None:
+            logits = penalise(logits, tree, seen, self.config.repetition_penalty)
+        if self.config.temperature == 0:
+            return logits.argmax(dim=-1)
+        probs = self.probabilities(logits)
+        uniform = torch.stack([torch.rand(probs.shape[1], generator=g, dtype=torch.float64) for g in self.generators])
+        return invert_cdf(probs, uniform.to(probs.device))
+
+    def probabilities(self, logits: Float[Tensor, "B N V"]) -> Float[Tensor, "B N V"]:
+        """The warped distribution p: temperature, top-k, top-p, min-p, in transformers' order."""
+        scores = logits.flatten(0, 1)
+        for warp in self.warpers:
+            scores = warp(scores)
+        return scores.softmax(dim=-1).view_as(logits)
+
+
+def invert_cdf(probs: Float[Tensor, "B N V"], uniform: Float[Tensor, "B N"]) -> Int[Tensor, "B N"]:
+    """Tokens at which the cumulative distribution first exceeds ``uniform``, in float64: exact to 1e-16, and a token
+    of probability zero is never drawn."""
+    cdf = probs.double().cumsum(dim=-1)
+    return torch.searchsorted(cdf, uniform[..., None] * cdf[..., -1:], right=True)[..., 0]
+
+
+def penalise(
+    logits: Float[Tensor, "B N V"], tree: Tree, seen: Bool[Tensor, "B V"], penalty: float
+) -> Float[Tensor, "B N V"]:
+    """Repetition penalty as in transformers, with each node's own prefix: the sequence's tokens and its ancestors."""
+    own = torch.where(tree.ancestors, tree.tokens[:, None, :], tree.tokens[:, :1, None])  # root where not an ancestor
+    marked = seen[:, None].expand(-1, tree.tokens.shape[1], -1).clone().scatter_(2, own, True)
+    return torch.where(marked, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def _warpers(config: SamplingConfig) -> list[Warper]:
+    """transformers' own warpers; none of its hidden defaults (top_k=50)."""
+    from transformers import (
+        LogitsProcessor,
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    chosen: list[LogitsProcessor] = []
+    if config.temperature not in (0, 1):
+        chosen.append(TemperatureLogitsWarper(config.temperature))
+    if config.top_k > 0:
+        chosen.append(TopKLogitsWarper(config.top_k))
+    if config.top_p < 1:
+        chosen.append(TopPLogitsWarper(config.top_p))
+    if config.min_p > 0:
+        chosen.append(MinPLogitsWarper(config.min_p))
+    return [lambda scores, warper=warper: warper(None, scores) for warper in chosen]
