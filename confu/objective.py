@@ -4,7 +4,7 @@ Rows and steps: row i of a sequence starts a chain; its step k reads token x[i+1
 target's distribution of x[i+2+k]. Only rows that some step supervises are run at all; the others leave just their
 step-0 keys and values, which is all that later rows read of them.
 
-Shapes: B batch, T tokens, Q supervised rows of a sequence, A anchors, R supervised rows of the batch, U draft vocabulary.
+Shapes: B batch, T tokens, Q supervised rows of a sequence, R of the batch, A anchors, U draft vocabulary.
 """
 
 from __future__ import annotations

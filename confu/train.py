@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from confu.config import DraftConfig, TrainConfig, to_json
 from confu.data import Corpus, batches, read_corpus
 from confu.draft import DraftModel
+from confu.models import draft_path
 from confu.objective import Losses, losses
 from confu.target import Target
 
@@ -149,7 +150,7 @@ def _start_draft(config: TrainConfig, target: Target, corpus: Corpus) -> DraftMo
     """A new EAGLE-3 draft, a trained one to go on from, or ConFu weights around a trained EAGLE-3 draft."""
     if config.init is None:
         return new_eagle3(config, target, corpus)
-    source = DraftModel.load(config.init)
+    source = DraftModel.load(draft_path(config.init))
     if source.config.hidden_size != target.hidden_size or source.config.vocab_size != target.vocab_size:
         raise ValueError(
             f"{config.init} was trained for width {source.config.hidden_size} and {source.config.vocab_size} tokens, "
@@ -192,7 +193,28 @@ def new_eagle3(config: TrainConfig, target: Target, corpus: Corpus) -> DraftMode
     with torch.no_grad():
         draft.set_vocabulary(ids)
         draft.lm_head.weight.copy_(target.head_weight[ids])
+    _start_from_last_layer(draft, target)
     return draft
+
+
+@torch.no_grad()
+def _start_from_last_layer(draft: DraftModel, target: Target) -> None:
+    """Start as the target's last layer reading the high feature: the same loss in half the steps (docs/log.md).
+
+    Weights that the family names or shapes otherwise keep their random start.
+    """
+    decoder: Any = target.model.get_decoder()
+    width = target.hidden_size
+    draft.fc.weight.mul_(0.1)
+    draft.fc.weight[:, 2 * width :] += torch.eye(width)
+    theirs: dict[str, Tensor] = dict(decoder.layers[-1].named_parameters())
+    theirs["hidden_norm.weight"] = theirs.pop("input_layernorm.weight", torch.empty(0))
+    for name, weight in draft.midlayer.named_parameters():
+        part = weight[:, width:] if name.split(".")[1] in ("q_proj", "k_proj", "v_proj") else weight
+        if name in theirs and theirs[name].shape == part.shape:
+            part.copy_(theirs[name])
+    if getattr(decoder, "norm", None) is not None and decoder.norm.weight.shape == draft.norm.weight.shape:
+        draft.norm.weight.copy_(decoder.norm.weight)
 
 
 def add_contemplation(source: DraftModel, config: TrainConfig, target: Target, corpus: Corpus) -> DraftModel:
