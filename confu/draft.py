@@ -92,26 +92,26 @@ class DraftModel(nn.Module):
         self.contemplation = Contemplation(config) if config.method == "confu" else None
         self._rotary = (_rotary(config),)  # in a tuple: .to(bfloat16) must not round its frequencies
 
-    def fuse(self, features: Float[Tensor, "... 3D"]) -> Float[Tensor, "... D"]:
+    def fuse(self, features: Float[Tensor, "... D3"]) -> Float[Tensor, "... D"]:
         """g = W_fc h: target features to draft width. Never applied to the draft's own recycled state."""
         return self.fc(features)
 
-    def row(self, embedding: Float[Tensor, "... D"], hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... 2D"]:
+    def row(self, embedding: Float[Tensor, "... D"], hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... D2"]:
         """Input of the attention projections: normed embedding first, normed hidden second."""
         layer = self.midlayer
         return torch.cat([layer.input_layernorm(embedding), layer.hidden_norm(hidden)], dim=-1)
 
-    def queries(self, row: Float[Tensor, "B R 2D"], positions: Int[Tensor, "B R"]) -> Float[Tensor, "B H R head"]:
+    def queries(self, row: Float[Tensor, "B R D2"], positions: Int[Tensor, "B R"]) -> Float[Tensor, "B H R head"]:
         return self._rotate(self._heads(self.midlayer.self_attn.q_proj(row)), positions)
 
     def keys_values(
-        self, row: Float[Tensor, "B R 2D"], positions: Int[Tensor, "B R"]
+        self, row: Float[Tensor, "B R D2"], positions: Int[Tensor, "B R"]
     ) -> tuple[Float[Tensor, "B G R head"], Float[Tensor, "B G R head"]]:
         attention = self.midlayer.self_attn
         return self._rotate(self._heads(attention.k_proj(row)), positions), self._heads(attention.v_proj(row))
 
     def future_row(
-        self, future: Float[Tensor, "B R 3D"], states: Float[Tensor, "B R D"], anchors: Int[Tensor, "B R"]
+        self, future: Float[Tensor, "B R D3"], states: Float[Tensor, "B R D"], anchors: Int[Tensor, "B R"]
     ) -> tuple[Float[Tensor, "B G R head"], Float[Tensor, "B G R head"]]:
         """Keys and values of the [f] rows: experts routed by g of the anchor token (``states``), hidden W_fc f,
         position one past the anchor."""

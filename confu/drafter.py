@@ -8,7 +8,7 @@ EAGLE-3 / ConFu network; `lookup.py` and `assistant.py` hold two drafters that n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -32,14 +32,15 @@ class Accepted:
     """How many of the M rows are real, for each sequence."""
     next_tokens: Int[Tensor, " B"]
     """The token after the last real row, not yet in the cache: the next tree's root."""
-    features: Float[Tensor, "B M 3D"]
+    features: Float[Tensor, "B M D3"]
     """Captured target states h of the rows."""
-    future: Float[Tensor, "B 3D"] | None = None
+    future: Float[Tensor, "B D3"] | None = None
     """Future prediction f of one of the rows; None when nothing contemplates."""
     anchors: Int[Tensor, " B"] | None = None
     """Index, among the M rows, of the token that f follows."""
 
 
+@runtime_checkable
 class DraftState(Protocol):
     lengths: list[int]
 
@@ -47,6 +48,7 @@ class DraftState(Protocol):
     def select(self, sequences: list[int]) -> None: ...
 
 
+@runtime_checkable
 class Drafter(Protocol):
     """Proposes trees. ``contemplation`` is None for every drafter but ConFu's."""
 

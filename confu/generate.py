@@ -191,7 +191,7 @@ class Decoder:
         num_con = num_nodes if self.tree.contemplate is None else min(self.tree.contemplate, num_nodes)
         return self.target.verify(cache, tree, contemplation, num_con=num_con, router_state=router_state)
 
-    def _prefill(self, session: Session, prompts: Sequence[Sequence[int]], stats: Stats) -> Float[Tensor, "B 3D"]:
+    def _prefill(self, session: Session, prompts: Sequence[Sequence[int]], stats: Stats) -> Float[Tensor, "B D3"]:
         """Bring every prompt but its last token into both caches; returns h of the last one, or zeros if none ran."""
         reused = session.reusable(prompts)
         contemplation = self.drafter.contemplation if self.drafter else None

@@ -136,9 +136,9 @@ def contemplate(
     target: Target,
     contemplation: Contemplation,
     prefix: PrefixCache,
-    features: Float[Tensor, "B T 3D"],
+    features: Float[Tensor, "B T D3"],
     anchors: Anchors,
-) -> Float[Tensor, "B A 3D"]:
+) -> Float[Tensor, "B A D3"]:
     """f of every anchor: one row each, behind the soft prompts and the prefix up to the anchor, through the frozen
     layers with gradient. Anchors do not see each other."""
     con = contemplation.con(_at(features, anchors.router)).to(features.dtype)
@@ -160,7 +160,7 @@ def unroll(
     draft: DraftModel,
     target: Target,
     tokens: Int[Tensor, "B T"],
-    features: Float[Tensor, "B T 3D"],
+    features: Float[Tensor, "B T D3"],
     rows: Rows,
     future: tuple[Float[Tensor, "B G A head"], Float[Tensor, "B G A head"]] | None,
     served_by: Int[Tensor, "B Q"] | None,

@@ -29,9 +29,9 @@ class Verified:
 
     logits: Float[Tensor, "B N V"]
     """Target logits at every node, float32."""
-    features: Float[Tensor, "B N 3D"]
+    features: Float[Tensor, "B N D3"]
     """Captured states h of every node."""
-    future: Float[Tensor, "B C 3D"] | None
+    future: Float[Tensor, "B C D3"] | None
     """Captured states f of the contemplate rows."""
     con_nodes: Int[Tensor, "B C"] | None
     """The node each contemplate row follows."""
@@ -97,7 +97,7 @@ class Target:
             cache.write_soft(contemplation.soft_keys[:, None], contemplation.soft_values[:, None])
         return cache
 
-    def prefill(self, cache: KVCache, tokens: Int[Tensor, "B T"], counts: list[int]) -> Float[Tensor, "B T 3D"]:
+    def prefill(self, cache: KVCache, tokens: Int[Tensor, "B T"], counts: list[int]) -> Float[Tensor, "B T D3"]:
         """Run ordinary tokens behind what the cache holds and keep ``counts[b]`` of them; returns their features.
 
         Sequences shorter than T are padded at the right with any token.
@@ -120,7 +120,7 @@ class Target:
         contemplation: Contemplation | None = None,
         *,
         num_con: int = 0,
-        router_state: Float[Tensor, "B 3D"] | None = None,
+        router_state: Float[Tensor, "B D3"] | None = None,
     ) -> Verified:
         """One forward over the tree and the contemplate rows of its ``num_con`` most probable nodes.
 
@@ -154,7 +154,7 @@ class Target:
 
     def teach(
         self, tokens: Int[Tensor, "B T"], cache: KVCache | None
-    ) -> tuple[Float[Tensor, "B T 3D"], Float[Tensor, "B T D"]]:
+    ) -> tuple[Float[Tensor, "B T D3"], Float[Tensor, "B T D"]]:
         """Training: features and final states of whole sequences, without gradient; fills an empty ``cache``."""
         layers = [*self.feature_layers, self.num_layers]
         if cache is not None:
@@ -185,7 +185,7 @@ class Target:
         cache: Cache,
         *,
         num_logits: int,
-    ) -> tuple[Float[Tensor, "B num_logits V"], Float[Tensor, "B R 3D"]]:
+    ) -> tuple[Float[Tensor, "B num_logits V"], Float[Tensor, "B R D3"]]:
         """The model's own forward; logits (float32) of the first ``num_logits`` rows, captured states of all rows."""
         attention_mask = None
         if mask is not None:

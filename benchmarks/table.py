@@ -1,0 +1,78 @@
+"""Render committed rows as Markdown tables into README.md and docs/log.md, between their markers.
+
+    python benchmarks/table.py            # rewrite the files
+    python benchmarks/table.py --check    # exit 1 when a file does not show today's rows
+
+A marker pair reads ``<!-- tau:NAME -->`` ... ``<!-- /tau -->`` and is filled from benchmarks/results/NAME.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKED = re.compile(r"(<!-- tau:([\w-]+) -->\n).*?(<!-- /tau -->)", re.DOTALL)
+
+
+def main() -> int:
+    stale = []
+    for path in (ROOT / "README.md", ROOT / "docs" / "log.md"):
+        old = path.read_text(encoding="utf-8")
+        new = MARKED.sub(lambda found: found[1] + table(ROOT / "benchmarks" / "results" / found[2]) + found[3], old)
+        if new != old:
+            stale.append(path)
+            if "--check" not in sys.argv:
+                path.write_text(new, encoding="utf-8")
+    for path in stale:
+        sys.stderr.write(
+            f"{path.relative_to(ROOT)}: tables {'differ from' if '--check' in sys.argv else 'made from'} rows\n"
+        )
+    return int(bool(stale) and "--check" in sys.argv)
+
+
+def table(folder: Path) -> str:
+    """tau by method and category, pooled over rounds, with a 95 % bootstrap interval over prompts."""
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    methods = [m for m in run["drafts"] if any(r["method"] == m for r in rows)]
+    categories = sorted({r["category"] for r in rows})
+    lines = [
+        f"| draft | tau | 95 % interval | {' | '.join(categories)} |",
+        f"|---|---|---|{'---|' * len(categories)}",
+    ]
+    for method in methods:
+        mine = [r for r in rows if r["method"] == method]
+        low, high = bootstrap(mine)
+        cells = [f"{tau([r for r in mine if r['category'] == c]):.2f}" for c in categories]
+        lines.append(f"| {method} | **{tau(mine):.3f}** | {low:.3f} to {high:.3f} | {' | '.join(cells)} |")
+    prompts = len({r["id"] for r in rows})
+    lines += [
+        "",
+        f"{prompts} prompts, at most {run['max_new_tokens']} new tokens, temperature {run['temperature']:g}, "
+        f"{run['tree_nodes']} nodes, depth {run['tree_depth']}, top-k {run['tree_topk']}, {run['dtype']}, seed "
+        f"{run['seed']}; {run['machine']}, torch {run['torch']}, transformers {run['transformers']}, commit "
+        f"{run['commit'][:10]}{' (modified)' if run['dirty'] else ''}, {run['date']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def tau(rows: list[dict[str, Any]]) -> float:
+    """Tokens per round, bonus token included, pooled over all rounds (as `confu.stats.Stats` defines it)."""
+    rounds = [n for row in rows for n in row["round_lengths"]]
+    return sum(rounds) / len(rounds) if rounds else float("nan")
+
+
+def bootstrap(rows: list[dict[str, Any]], draws: int = 1000) -> tuple[float, float]:
+    """Middle 95 % of tau over resampled prompts."""
+    source = random.Random(0)
+    taus = sorted(tau(source.choices(rows, k=len(rows))) for _ in range(draws))
+    return taus[round(0.025 * draws)], taus[round(0.975 * draws) - 1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,401 @@
+"""The `confu` command. Options are the fields of the config dataclasses, and their documentation is the help.
+
+Nothing heavy is imported before a command runs. Exit status: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import shlex
+import sys
+import traceback
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, get_type_hints
+
+from cyclopts import App, CycloptsError, Parameter
+
+from confu import __version__
+from confu.config import SamplingConfig, TrainConfig, TreeConfig, load_toml
+from confu.models import ModelUnavailable
+from confu.terminal import Stages, Terminal, TrainingBoard, read_prompt
+from confu.view import TokenView, facts, lossless_table, summary
+
+if TYPE_CHECKING:
+    from confu.generate import Decoder
+
+INTERRUPTED = 130
+
+app = App(
+    name="confu",
+    help="Lossless speculative decoding with EAGLE-3 and ConFu drafts.",
+    version=__version__,
+    default_parameter=Parameter(negative="", show_default=lambda value: "" if value in (False, ()) else str(value)),
+)
+app.register_install_completion_command()
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """How every command reports."""
+
+    json: bool = False
+    """Print one JSON document on stdout and nothing else there."""
+    quiet: Annotated[bool, Parameter(alias="-q")] = False
+    """No progress, legend or summary."""
+    debug: bool = False
+    """Show the traceback of an error, and what the package logs."""
+
+    def terminal(self) -> Terminal:
+        return Terminal(json=self.json, quiet=self.quiet)
+
+
+def _tree_option(field: str) -> str:
+    return "--contemplate" if field == "contemplate" else f"--tree-{field}"
+
+
+def _documented(cls: type) -> dict[str, Any]:
+    """The fields of a config, all optional, with their documentation."""
+    from docstring_parser import parse_from_object  # cyclopts reads the other dataclasses with it
+
+    docs = {param.arg_name: param.description for param in parse_from_object(cls).params}
+    return {name: Annotated[hint, Parameter(help=docs[name])] for name, hint in get_type_hints(cls).items()}
+
+
+TrainOverrides = TypedDict("TrainOverrides", _documented(TrainConfig), total=False)  # type: ignore[invalid-argument]
+
+DraftName = Annotated[
+    str | None,
+    Parameter(
+        name="DRAFT",
+        help="Shipped draft, folder, Hub id, `lookup` (needs no draft), or draft-model:NAME (a smaller model).",
+    ),
+]
+TargetName = Annotated[
+    str | None, Parameter(group="Model", help="Target: name, folder or Hub id. Default: the draft's own.")
+]
+Dtype = Annotated[
+    str,
+    Parameter(group="Model", help="float32, bfloat16 or float16; auto is bfloat16 where the device computes it."),
+]
+Device = Annotated[str, Parameter(group="Model", help="cpu, cuda, cuda:1 ...; auto is cuda where there is one.")]
+Sampling = Annotated[SamplingConfig, Parameter(name="*", group="Sampling")]
+Tree = Annotated[TreeConfig, Parameter(name="*", group="Draft tree", name_transform=_tree_option)]
+Output = Annotated[OutputConfig, Parameter(name="*", group="Output")]
+SAMPLING, TREE, OUTPUT = SamplingConfig(), TreeConfig(), OutputConfig()
+
+
+def main() -> None:
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(argv: list[str]) -> int:
+    """One command; returns the exit status. Errors become one sentence on stderr."""
+    debug = "--debug" in argv
+    _settle_libraries(debug)
+    try:
+        status = app(argv, exit_on_error=False, print_error=False, result_action="return_value")
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return _complain("interrupted.", INTERRUPTED)
+    except BrokenPipeError:  # whoever read has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        return _explain(error)
+    return status or 0
+
+
+def _explain(error: Exception) -> int:
+    sentence = " ".join(str(error).split())
+    if isinstance(error, (CycloptsError, ValueError, ModelUnavailable)):
+        return _complain(sentence, 2)
+    if isinstance(error, (RuntimeError, OSError)) and sentence:
+        return _complain(str(error).strip().splitlines()[0], 1)
+    return _complain(f"unexpected {type(error).__name__}: {sentence} (--debug shows where).", 1)
+
+
+def _complain(sentence: str, status: int) -> int:
+    print(f"confu: {sentence}", file=sys.stderr)
+    return status
+
+
+def _settle_libraries(debug: bool) -> None:
+    """Our own messages only; and output that no odd locale can make fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if debug:
+        logging.basicConfig(level=logging.INFO)
+        logging.getLogger("confu").setLevel(logging.DEBUG)
+    else:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        warnings.simplefilter("ignore")
+
+
+@app.command(
+    help_epilogue='Examples:\n\n    confu generate smollm2-135m-confu --prompt "Why is the sky blue?" --show-tokens\n\n'
+    "    git log -5 | confu generate smollm2-135m-confu --prompt - --json"
+)
+def generate(
+    draft: DraftName = None,
+    /,
+    *,
+    prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    file: Path | None = None,
+    system: str | None = None,
+    raw: bool = False,
+    no_draft: bool = False,
+    compare: bool = False,
+    target: TargetName = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    sampling: Sampling = SAMPLING,
+    tree: Tree = TREE,
+    show_tokens: Annotated[bool, Parameter(group="Output")] = False,
+    show_rejected: Annotated[bool, Parameter(group="Output")] = False,
+    output: Output = OUTPUT,
+) -> int:
+    """Answer one prompt, streaming.
+
+    Parameters
+    ----------
+    prompt
+        The prompt; - reads it from stdin.
+    file
+        Read the prompt from this UTF-8 file.
+    system
+        System message of the chat template.
+    raw
+        Continue the prompt as it is, without the chat template.
+    no_draft
+        Decode with the plain target by the same engine.
+    compare
+        Answer again with the plain target; report its speed and whether the answer is the same.
+    show_tokens
+        Mark which tokens were drafted and which are the target's own.
+    show_rejected
+        Mark drafted tokens that the target did not take, too.
+    """
+    terminal = output.terminal()
+    text = read_prompt(prompt, file)
+    if raw and system is not None:
+        raise ValueError("--system needs the chat template; leave out --raw.")
+    if compare and no_draft:
+        raise ValueError("--compare sets a draft against the plain target; leave out --no-draft.")
+    decoder, names = _load(terminal, draft, target, dtype, device, tree, no_draft=no_draft)
+    from confu import talk
+
+    _warn_without_effect(terminal, decoder, sampling)
+    ids = _encode(decoder, text, system, raw=raw)
+    view = None
+    if show_tokens or show_rejected:
+        assert decoder.tokenizer is not None
+        view = TokenView(colour=terminal.colour, decode=decoder.tokenizer.decode if show_rejected else None)
+        if not terminal.json:
+            terminal.say(view.legend())
+    if compare:
+        talk.warm_up(decoder, ids)
+
+    answer = talk.stream_answer(terminal, decoder, ids, sampling, view=view)
+    terminal.say(summary(answer.stats, sampling.seed), style="dim")
+    document = answer.as_dict() | names | {"seed": sampling.seed}
+    interrupted = answer.interrupted
+    if compare and not interrupted:
+        comparison, interrupted = talk.compare(terminal, decoder, ids, sampling, answer)
+        document |= comparison
+    if terminal.json:
+        if show_tokens or show_rejected:
+            document["tokens"] = [dataclasses.asdict(token) for token in answer.tokens]
+        terminal.document(**document)
+    return INTERRUPTED if interrupted else 0
+
+
+def _load(
+    terminal: Terminal,
+    draft: str | None,
+    target: str | None,
+    dtype: str,
+    device: str,
+    tree: TreeConfig,
+    *,
+    no_draft: bool = False,
+) -> tuple[Decoder, dict[str, str | None]]:
+    """The decoder, and the names that go into a JSON document."""
+    if draft is None and not no_draft:
+        raise ValueError("No draft was given; name one (`confu info` lists them), or add --no-draft.")
+    with Stages(terminal) as progress:
+        progress("starting", None)
+        from confu.load import load_decoder, target_name
+
+        name = target_name(draft, target)
+        draft = None if no_draft else draft
+        decoder = load_decoder(draft, target=name, dtype=dtype, device=device, tree=tree, progress=progress)
+    precision = str(decoder.target.dtype).removeprefix("torch.")
+    return decoder, {"draft": draft, "target": name, "dtype": precision, "device": str(decoder.target.device)}
+
+
+def _encode(decoder: Decoder, text: str, system: str | None, *, raw: bool) -> list[int]:
+    from confu.load import encode_chat, encode_raw
+
+    assert decoder.tokenizer is not None
+    if raw:
+        return encode_raw(decoder.tokenizer, text)
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    return encode_chat(decoder.tokenizer, [*messages, {"role": "user", "content": text}])
+
+
+def _warn_without_effect(terminal: Terminal, decoder: Decoder, sampling: SamplingConfig) -> None:
+    idle = [name for name in ("top_p", "top_k", "min_p") if getattr(sampling, name) != getattr(SAMPLING, name)]
+    if sampling.temperature == 0 and idle:
+        options = " and ".join("--" + name.replace("_", "-") for name in idle)
+        terminal.say(f"confu: without effect at temperature 0: {options}")
+    if decoder.tree.contemplate is not None and (decoder.drafter is None or decoder.drafter.contemplation is None):
+        terminal.say("confu: without effect for a draft that does not contemplate: --contemplate")
+
+
+@app.command(help_epilogue="Examples:\n\n    confu chat smollm2-135m-confu\n\n    confu chat lookup --temperature 0.7")
+def chat(
+    draft: DraftName = None,
+    /,
+    *,
+    system: str | None = None,
+    no_draft: bool = False,
+    target: TargetName = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    sampling: Sampling = SAMPLING,
+    tree: Tree = TREE,
+    output: Output = OUTPUT,
+) -> int:
+    """Talk over several turns; from a pipe, one turn a line. /reset forgets, /exit or Ctrl-D leaves.
+
+    Parameters
+    ----------
+    system
+        System message of the chat template.
+    no_draft
+        Decode with the plain target by the same engine.
+    """
+    terminal = output.terminal()
+    decoder, names = _load(terminal, draft, target, dtype, device, tree, no_draft=no_draft)
+    from confu import talk
+
+    _warn_without_effect(terminal, decoder, sampling)
+    if terminal.interactive:
+        terminal.say(f"{names['draft']} on {names['target']}: /reset forgets, /exit or Ctrl-D leaves", style="dim")
+    turns: list[dict[str, Any]] = []
+    try:
+        talk.converse(terminal, decoder, sampling, system, turns)
+    finally:
+        if terminal.json:
+            terminal.document(**names, seed=sampling.seed, turns=turns)
+    return 0
+
+
+@app.command
+def info(draft: DraftName = None, /, *, output: Output = OUTPUT) -> None:
+    """Describe this installation, or a draft: settings, size, target, provenance."""
+    from confu.info import draft_info, environment
+
+    terminal = output.terminal()
+    found = environment() if draft is None else draft_info(draft)
+    if terminal.json:
+        terminal.document(**found)
+    else:
+        terminal.out.print(facts(found))
+
+
+@app.command(name="verify-lossless")
+def verify_lossless(
+    draft: DraftName = None,
+    /,
+    *,
+    max_new_tokens: int = 128,
+    samples: int = 384,
+    target: TargetName = None,
+    device: Device = "auto",
+    tree: Tree = TREE,
+    output: Output = OUTPUT,
+) -> int:
+    """Check in float32 that the output is the target's: greedy answers token for token, samples by a chi-square test.
+
+    Parameters
+    ----------
+    max_new_tokens
+        Tokens of each greedy answer.
+    samples
+        Sampled continuations for the chi-square test.
+    """
+    for name, value in (("max-new-tokens", max_new_tokens), ("samples", samples)):
+        if value < 1:
+            raise ValueError(f"--{name} is {value}; give 1 or more.")
+    terminal = output.terminal()
+    decoder, names = _load(terminal, draft, target, "float32", device, tree)
+    from confu import lossless
+
+    with Stages(terminal) as progress:
+        report = lossless.verify_lossless(decoder, max_new_tokens=max_new_tokens, samples=samples, progress=progress)
+    if terminal.json:
+        terminal.document(**names, **report.as_dict())
+    else:
+        terminal.out.print(lossless_table(report))
+    return 0 if report.lossless else 1
+
+
+@app.command(help_epilogue="Example:\n\n    confu train recipes/smollm2-135m-eagle3.toml --steps 200 --out out/trial")
+def train(
+    recipe: Annotated[Path, Parameter(name="RECIPE", help="TOML file of settings.")],
+    /,
+    *,
+    resume: bool = False,
+    overrides: Annotated[TrainOverrides | None, Parameter(name="*", group="Settings that win over the recipe")] = None,
+    output: Output = OUTPUT,
+) -> int:
+    """Train a draft by a recipe. Ctrl-C writes a checkpoint.
+
+    Parameters
+    ----------
+    resume
+        Go on from the run's checkpoint.
+    """
+    terminal = output.terminal()
+    config = load_toml(TrainConfig, recipe, dict(overrides or {}))
+    with Stages(terminal) as progress:
+        progress("starting", None)
+        from confu.load import find_dtype
+        from confu.models import load_target_model
+        from confu.target import Target
+        from confu.train import train as run_training
+
+        dtype = find_dtype(config.dtype, "cpu")
+        model, tokenizer = load_target_model(config.target, dtype=dtype, device="cpu", progress=progress)
+        board = TrainingBoard(terminal, config.steps, progress)
+        try:
+            final = run_training(
+                config,
+                Target(model),
+                tokenizer,
+                resume=resume,
+                on_report=board.show,
+                progress=progress,
+            )
+        except KeyboardInterrupt:
+            board.close()
+            if not (Path(config.out) / "checkpoint.pt").exists():
+                raise
+            argv = [word for word in sys.argv[1:] if word != "--resume"]
+            return _complain(f"interrupted; go on with: confu {shlex.join([*argv, '--resume'])}", INTERRUPTED)
+        finally:
+            board.close()
+    if terminal.json:
+        terminal.document(draft=str(final), steps=config.steps, last_report=board.as_dict())
+    else:
+        terminal.write(f"{final}\n")
+    return 0

@@ -1,0 +1,124 @@
+"""From names to a running `Decoder`: target, draft, dtype and device joined in one place, and prompts to token ids."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from confu.config import TreeConfig
+from confu.draft import DraftModel, load_draft_config
+from confu.drafter import Drafter, TreeDrafter
+from confu.generate import Decoder
+from confu.models import DEFAULT_TARGET, Progress, draft_path, load_target_model
+from confu.target import Target
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LOOKUP = "lookup"
+DRAFT_MODEL = "draft-model:"
+
+
+def load_decoder(
+    draft: str | None,
+    *,
+    target: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    tree: TreeConfig | None = None,
+    progress: Progress | None = None,
+) -> Decoder:
+    """Target and drafter by name, ready to decode.
+
+    ``draft`` is a trained draft (shipped name, folder or Hub id), ``lookup``, ``draft-model:NAME`` for a smaller model
+    of the same vocabulary, or None for plain decoding.
+
+    Raises ValueError for names, files and settings that do not fit, ModelUnavailable for what cannot be had now.
+    """
+    place = find_device(device)
+    precision = find_dtype(dtype, place)
+    name = target_name(draft, target)
+    # A draft is read first: it is small, and most mistakes show there.
+    is_trained = draft is not None and not _is_untrained(draft)
+    network = DraftModel.load(draft_path(draft), dtype=precision, device=place) if draft and is_trained else None
+    model, tokenizer = load_target_model(name, dtype=precision, device=place, progress=progress)
+    verifier = _target(model)
+
+    drafter: Drafter | None = None
+    if network is not None:
+        drafter = TreeDrafter(network, verifier)
+    elif draft == LOOKUP:
+        from confu.lookup import Lookup
+
+        drafter = Lookup(verifier)
+    elif draft is not None:
+        from confu.assistant import Assistant
+
+        small, _ = load_target_model(draft.removeprefix(DRAFT_MODEL), dtype=precision, device=place, progress=progress)
+        drafter = Assistant(verifier, _target(small))
+    return Decoder(verifier, drafter, tokenizer, tree)
+
+
+def target_name(draft: str | None, target: str | None) -> str:
+    """The target asked for, else the draft's own, else the default one."""
+    if target is not None:
+        return target
+    if draft is None or _is_untrained(draft):
+        return DEFAULT_TARGET
+    return load_draft_config(draft_path(draft)).target
+
+
+def find_device(name: str) -> str:
+    devices = available_devices()
+    if name == "auto":
+        return "cuda" if "cuda:0" in devices else "cpu"
+    if name in devices or (name == "cuda" and "cuda:0" in devices):
+        return name
+    raise ValueError(f"device {name!r} is not here; give auto or one of {', '.join(devices)}.")
+
+
+def available_devices() -> list[str]:
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    return [*devices, "mps"] if torch.backends.mps.is_available() else devices
+
+
+def find_dtype(name: str, device: str) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if _computes_bfloat16(device) else torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is not known; give auto, {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation by the tokenizer's own chat template, open for the assistant's answer."""
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise ValueError("The target's tokenizer has no chat template; give the prompt as it is with --raw.")
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(f"The target's chat template refuses this conversation ({error}).") from None
+    # The template writes its own special tokens.
+    return tokenizer.encode(str(text), add_special_tokens=False)
+
+
+def encode_raw(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text without any template; the tokenizer adds its start token, if it has one."""
+    return tokenizer.encode(text)
+
+
+def _target(model) -> Target:
+    # No layer is captured in vain: a trained draft sets its own three, the other drafters read none.
+    return Target(model, feature_layers=(0, 0, 0))
+
+
+def _is_untrained(draft: str) -> bool:
+    return draft == LOOKUP or draft.startswith(DRAFT_MODEL)
+
+
+def _computes_bfloat16(device: str) -> bool:
+    """Natively, that is: emulated bfloat16 is slower than float32."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # avx512_bf16 and amx_bf16 on x86, bf16 on Arm
+    return device == "cpu" and any(has and "bf16" in name for name, has in torch.cpu.get_capabilities().items())

@@ -1,0 +1,147 @@
+"""Answers at the terminal: streamed, set against the plain target, turn by turn. Ctrl-C ends an answer, no more."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from confu.config import SamplingConfig
+from confu.generate import Decoder, Session, Token
+from confu.load import encode_chat
+from confu.stats import Stats
+from confu.terminal import Stages, Terminal, decode_utf8
+from confu.view import TokenView, first_difference, summary
+
+
+@dataclass
+class Answer:
+    """One answer, or as much of it as there was when Ctrl-C came."""
+
+    tokens: list[Token] = field(default_factory=list)
+    stats: Stats = field(default_factory=Stats)
+    interrupted: bool = False
+
+    @property
+    def text(self) -> str:
+        return "".join(token.text for token in self.tokens)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token.id for token in self.tokens]
+
+    @property
+    def finish_reason(self) -> str:
+        return "interrupted" if self.interrupted else self.tokens[-1].finish_reason or ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "finish_reason": self.finish_reason,
+            **self.stats.as_dict(),
+            "num_tokens": len(self.tokens),
+        }
+
+
+def stream_answer(
+    terminal: Terminal,
+    decoder: Decoder,
+    prompt: list[int],
+    sampling: SamplingConfig,
+    *,
+    session: Session | None = None,
+    view: TokenView | None = None,
+) -> Answer:
+    """Decode and show tokens as they arrive, through ``view`` where one is given. Ctrl-C ends the answer."""
+    answer = Answer()
+    shows = not terminal.json
+    try:
+        with Stages(terminal) as waiting:
+            if terminal.err.is_terminal:
+                waiting(f"reading {len(prompt)} tokens", None)
+            for token in decoder.stream([prompt], sampling, session=session, stats=answer.stats):
+                waiting.close()
+                answer.tokens.append(token)
+                if shows and view is not None:
+                    terminal.out.print(view.feed(token), end="")
+                elif shows:
+                    terminal.write(token.text)
+    except KeyboardInterrupt:
+        answer.interrupted = True
+    if shows and view is not None:
+        terminal.out.print(view.close(), end="")
+    if shows and not answer.text.endswith("\n"):
+        terminal.write("\n")
+    return answer
+
+
+def _plain(decoder: Decoder) -> Decoder:
+    """The target alone in the same engine: the honest baseline."""
+    return Decoder(decoder.target, None, decoder.tokenizer, decoder.tree)
+
+
+def warm_up(decoder: Decoder, ids: list[int]) -> None:
+    """First calls prepare kernels; a comparison should not charge that to whoever goes first."""
+    for engine in (decoder, _plain(decoder)):
+        engine.generate([ids], SamplingConfig(max_new_tokens=4, ignore_eos=True))
+
+
+def compare(
+    terminal: Terminal, decoder: Decoder, ids: list[int], sampling: SamplingConfig, answer: Answer
+) -> tuple[dict[str, Any], bool]:
+    """The same prompt by the plain target; returns what the JSON document says of it, and whether Ctrl-C came."""
+    unseen = Terminal(json=True, quiet=terminal.quiet)
+    plain = stream_answer(unseen, _plain(decoder), ids, sampling)
+    if plain.interrupted:
+        return {"plain": None, "speedup": None}, True
+    at = first_difference(answer.token_ids, plain.token_ids)
+    speedup = answer.stats.tokens_per_second / plain.stats.tokens_per_second
+    verdict = f"the same {len(plain.tokens)} tokens"
+    if at is not None and sampling.temperature > 0:
+        verdict = "another answer, as sampling draws anew (the distribution is the same)"
+    elif at is not None:
+        verdict = f"different from token {at + 1} on (`confu verify-lossless` tells rounding from error)"
+    terminal.say(f"plain target {plain.stats.tokens_per_second:.1f} tok/s, {verdict}, speed-up {speedup:.2f}x")
+    same = {"identical": at is None, "first_difference": at}
+    return {"plain": plain.as_dict() | same, "speedup": speedup}, False
+
+
+def converse(
+    terminal: Terminal, decoder: Decoder, sampling: SamplingConfig, system: str | None, turns: list[dict[str, Any]]
+) -> None:
+    assert decoder.tokenizer is not None
+    opening = [{"role": "system", "content": system}] if system is not None else []
+    messages, session = list(opening), Session()
+    while (line := _next_turn(terminal)) not in (None, "/exit"):
+        if line == "/reset":
+            messages, session = list(opening), Session()
+            terminal.say("forgotten", style="dim")
+        elif line:
+            messages.append({"role": "user", "content": line})
+            try:
+                ids = encode_chat(decoder.tokenizer, messages)
+                answer = stream_answer(terminal, decoder, ids, sampling, session=session)
+            except ValueError as error:  # too long for the context, say
+                if not terminal.interactive:
+                    raise
+                messages.pop()
+                terminal.complain(str(error))
+                continue
+            messages.append({"role": "assistant", "content": answer.text})
+            turns.append({"prompt": line} | answer.as_dict())
+            terminal.say(summary(answer.stats, sampling.seed, with_prompt=True), style="dim")
+
+
+def _next_turn(terminal: Terminal) -> str | None:
+    """What was typed, or None at the end of input."""
+    if terminal.interactive and sys.stdout.isatty():
+        import readline  # noqa: F401 (input() edits lines with it)
+
+        try:
+            return input("> ").strip()
+        except EOFError:
+            terminal.write("\n")
+            return None
+    line = sys.stdin.buffer.readline()
+    return decode_utf8(line, "stdin").strip() if line else None

@@ -1,0 +1,132 @@
+"""What people see: the token view, the summary line, tables. Pure functions; `cli.py` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from confu.stats import Stats
+
+if TYPE_CHECKING:
+    from confu.generate import Token
+    from confu.lossless import Report
+
+STYLES = {"accepted": "green", "own": "bold underline", "rejected": "dim strike"}
+MARKS = {"accepted": ("«", "»"), "own": ("", ""), "rejected": ("~~", "~~")}
+LEGEND = {"accepted": "drafted and accepted", "own": "the target's own", "rejected": "drafted and rejected"}
+
+
+class TokenView:
+    """Turns tokens into marked text, run by run: by style where there is colour, by «marks» where there is none.
+
+    ``decode`` makes text of rejected drafts, which are shown just before the token the target took instead; without
+    it they are left out.
+    """
+
+    def __init__(self, *, colour: bool, decode: Callable[[Sequence[int]], str] | None = None) -> None:
+        self.colour, self.decode = colour, decode
+        self._run: str | None = None
+
+    def feed(self, token: Token) -> Text:
+        """What this token adds to the view."""
+        text = Text()
+        if token.rejected and self.decode is not None:
+            self._append(text, "rejected", self.decode(token.rejected).replace("\n", "↵"))
+        # The mark shows whose a line break is; the break itself keeps the answer's shape.
+        self._append(text, "accepted" if token.from_draft else "own", token.text.replace("\n", "↵\n"))
+        return text
+
+    def close(self) -> Text:
+        """The closing mark of the last run."""
+        text = Text()
+        self._enter(text, None)
+        return text
+
+    def legend(self) -> Text:
+        text = Text()
+        for kind, meaning in LEGEND.items():
+            if kind != "rejected" or self.decode is not None:
+                opening, closing = ("", "") if self.colour else MARKS[kind]
+                text.append("  " if text else "")
+                text.append(opening + meaning + closing, STYLES[kind] if self.colour else "")
+        return text
+
+    def _append(self, text: Text, kind: str, piece: str) -> None:
+        if piece:
+            self._enter(text, kind)
+            text.append(piece, STYLES[kind] if self.colour else "")
+
+    def _enter(self, text: Text, kind: str | None) -> None:
+        if kind != self._run and not self.colour:
+            text.append(MARKS[self._run][1] if self._run else "")
+            text.append(MARKS[kind][0] if kind else "")
+        self._run = kind
+
+
+def summary(stats: Stats, seed: int, *, with_prompt: bool = False) -> str:
+    """One line: what the draft got right, how fast it was, where the time went."""
+    parts = [f"{stats.num_tokens} tokens"]
+    if stats.num_draft_tokens:
+        parts = [
+            f"rounds {stats.num_rounds}",
+            f"accepted {stats.num_accepted_draft_tokens} of {stats.num_draft_tokens} drafted",
+            f"mean acceptance length {stats.mean_acceptance_length:.2f}",
+        ]
+    if with_prompt:
+        parts.append(f"prompt {stats.prompt_tokens} tokens ({stats.cached_tokens} cached)")
+    parts.append(f"{stats.tokens_per_second:.1f} tok/s")
+    times = {"target": stats.target_seconds, "draft": stats.draft_seconds, "other": stats.other_seconds}
+    total = sum(times.values())
+    if total:
+        parts.append(" ".join(f"{name} {100 * seconds / total:.0f} %" for name, seconds in times.items()))
+    return ", ".join([*parts, f"seed {seed}"])
+
+
+def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
+    """First position at which two answers differ, the end of the shorter one included; None when they are the same."""
+    if list(ours) == list(theirs):
+        return None
+    return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+
+
+def facts(values: dict[str, Any], *, indent: int = 0) -> Text:
+    """Nested values, one a line."""
+    text = Text()
+    width = max(map(len, values), default=0)
+    for name, value in values.items():
+        text.append(" " * indent + name.replace("_", " "), "bold")
+        if isinstance(value, dict):
+            text.append("\n").append_text(facts(value, indent=indent + 2))
+        else:
+            text.append(" " * (width - len(name) + 2) + _fact(name, value) + "\n")
+    return text
+
+
+def lossless_table(report: Report) -> Table:
+    """Every prompt's result, then the sampling test's."""
+    table = Table("check", "tokens", "tau", "result", box=None, pad_edge=False)
+    for check in report.greedy:
+        result = check.result
+        if check.first_difference is not None:
+            result += (
+                f" from token {check.first_difference + 1} on (the target's two best are {check.logit_gap:.1e} apart)"
+            )
+        table.add_row(check.name, str(check.num_tokens), f"{check.mean_acceptance_length:.2f}", result)
+    test = report.sampling
+    strays = f", {test.strays} impossible" if test.strays else ""
+    counts = f"{test.samples} samples, {test.cells} cells, chi-square {test.chi_square:.1f}, p = {test.p_value:.3g}"
+    table.add_row("sampling", "", "", f"{test.result} ({counts}{strays})")
+    return table
+
+
+def _fact(name: str, value: Any) -> str:
+    if value is None:
+        return "unknown"
+    if name.endswith("_bytes"):
+        return f"{value / 1e6:,.1f} MB" if value < 1e9 else f"{value / 1e9:,.1f} GB"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:,}" if isinstance(value, int) and name.startswith("num_") else str(value)

@@ -1,0 +1,357 @@
+"""Slow, literal restatements of METHOD.md, and the tiny models they are checked on.
+
+Nothing below `build_draft` calls the engine: the target is run through its own modelling code, one plain forward per
+path, and the draft layer, the mixtures, the tree rule and the decode loop are written out again from the
+specification, without a cache, a batch or a tree mask.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from confu.config import DraftConfig
+from confu.draft import DraftModel
+from confu.tree import chain
+
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS, CONTEXT = 48, 4, 2, 12, 8, 96
+FEATURE_LAYERS = (2, 4, 5)  # inputs of layers 2, L//2, L-3
+
+
+# ---------------------------------------------------------------- tiny models
+
+
+def build_model(vocab_size: int = 64, *, seed: int = 0, spread: float = 0.3, **options) -> LlamaForCausalLM:
+    """A random target whose greedy text is varied; ``spread`` is the scale of its weights."""
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=HIDDEN,
+        intermediate_size=96,
+        num_hidden_layers=options.pop("num_hidden_layers", LAYERS),
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=CONTEXT,
+        initializer_range=spread,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        **options,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).float().eval().requires_grad_(False)
+
+
+def build_draft(model: LlamaForCausalLM, method: str, *, draft_vocab_size: int | None = None, seed: int = 1):
+    """A random draft; contemplation weights as large as they can leak, norm weights away from one."""
+    vocab_size = model.config.vocab_size
+    draft_vocab_size = draft_vocab_size or vocab_size
+    confu = {"num_soft_prompts": 3, "num_experts": 5, "top_experts": 2, "replication": 8}
+    draft = DraftModel(
+        DraftConfig(
+            method=method,
+            target="tiny",
+            hidden_size=HIDDEN,
+            intermediate_size=80,
+            num_attention_heads=HEADS,
+            num_key_value_heads=KV_HEADS,
+            head_dim=HEAD_DIM,
+            vocab_size=vocab_size,
+            draft_vocab_size=draft_vocab_size,
+            num_target_layers=model.config.num_hidden_layers,
+            feature_layers=FEATURE_LAYERS,
+            max_position_embeddings=CONTEXT,
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+            **(confu if method == "confu" else {}),
+        )
+    )
+    rng = torch.Generator().manual_seed(seed)
+    for name, weight in sorted(draft.named_parameters()):
+        noise = torch.randn(weight.shape, generator=rng)
+        if name.startswith("contemplation"):
+            weight.data = noise
+        elif weight.ndim == 1:
+            weight.data = 1 + 0.3 * noise
+        else:
+            weight.data = noise * 1.5 / math.sqrt(weight.shape[1])
+    ids = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(5))[:draft_vocab_size].sort().values
+    draft.set_vocabulary(ids)
+    return draft.eval().requires_grad_(False)
+
+
+class Scripted:
+    """A drafter for tests: proposes a chain of the target's own greedy continuation, wrong from some depth on.
+
+    ``right(round, sequence_length)`` says how many drafted tokens agree with the target; the chain is cut to
+    ``lengths(round, sequence_length)`` tokens when given, else it fills depth and node budget.
+    """
+
+    name = "scripted"
+    contemplation = None
+
+    def __init__(self, model, right=lambda num_round, length: 10**6, lengths=None):
+        self.model, self.right, self.lengths, self.num_grown = model, right, lengths, 0
+
+    def new_state(self, batch_size: int, capacity: int):
+        return ScriptedState(batch_size)
+
+    def commit(self, state, accepted) -> None:
+        for row, tokens in enumerate(accepted.tokens.tolist()):
+            state.tokens[row] = state.tokens[row] + tokens[: accepted.counts[row]]
+            state.roots[row] = accepted.next_tokens[row].item()
+
+    def grow(self, state, config):
+        self.num_grown += 1
+        width = min(config.depth, config.nodes - 1)
+        drafts, counts = [], []
+        for tokens, root in zip(state.tokens, state.roots, strict=True):
+            truth = greedy(self.model, (*tokens, root), width)
+            good = self.right(self.num_grown, len(tokens))
+            wrong = [(token + 1) % self.model.config.vocab_size for token in truth]
+            drafts.append([*truth[:good], *wrong[good:]])
+            counts.append(width if self.lengths is None else min(width, self.lengths(self.num_grown, len(tokens))))
+        longest = max(counts)
+        drafted = torch.tensor(drafts, dtype=torch.int64).view(len(drafts), width)[:, :longest]
+        return chain(torch.tensor(state.roots), drafted, torch.tensor(counts))
+
+
+class ScriptedState:
+    def __init__(self, batch_size: int) -> None:
+        self.tokens, self.roots = [[] for _ in range(batch_size)], [0] * batch_size
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(tokens) for tokens in self.tokens]
+
+    def truncate(self, lengths: list[int]) -> None:
+        self.tokens = [tokens[:length] for tokens, length in zip(self.tokens, lengths, strict=True)]
+
+    def select(self, sequences: list[int]) -> None:
+        self.tokens, self.roots = [self.tokens[i] for i in sequences], [self.roots[i] for i in sequences]
+
+
+# ---------------------------------------------------------------- the target, one plain forward per path
+
+
+@torch.no_grad()
+def _run(model, **inputs):
+    """The model's own forward, and what entered its three feature layers."""
+    captured = {}
+    hooks = [
+        model.model.layers[layer].register_forward_pre_hook(
+            lambda module, args, layer=layer: captured.__setitem__(layer, args[0])
+        )
+        for layer in FEATURE_LAYERS
+    ]
+    out = model(use_cache=True, **inputs)
+    for hook in hooks:
+        hook.remove()
+    return out, torch.cat([captured[layer] for layer in FEATURE_LAYERS], dim=-1)[0]
+
+
+@lru_cache(maxsize=None)
+def read(model, tokens: tuple[int, ...]):
+    """Logits [T, V], features [T, 3D], and keys and values [L, heads, T, head_dim] of a plain forward over tokens."""
+    out, features = _run(model, input_ids=torch.tensor([tokens]))
+    layers = out.past_key_values.layers
+    return out.logits[0], features, torch.cat([x.keys for x in layers]), torch.cat([x.values for x in layers])
+
+
+@lru_cache(maxsize=None)
+def _generated(model, prompt: tuple[int, ...], count: int) -> tuple[int, ...]:
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
+    return tuple(out[0, len(prompt) :].tolist())
+
+
+def greedy(model, prompt, count: int) -> list[int]:
+    """The first ``count`` tokens of `model.generate`, or fewer where the context ends."""
+    room = model.config.max_position_embeddings - len(prompt)
+    longest = min(room, 48 if count <= 48 else count)  # one call serves every shorter one
+    return list(_generated(model, tuple(prompt), longest)[:count]) if longest > 0 else [0] * count
+
+
+def mixture(module, state):
+    """A gate over E experts by a linear router on the direction of the state: best K of the softmax, renormalised."""
+    direction = state / math.sqrt(state.square().mean().item() + 1e-6)
+    gates = [math.exp(torch.dot(weight, direction).item()) for weight in module.router.weight]
+    best = sorted(range(len(gates)), key=lambda e: -gates[e])[: module.top_experts]
+    total = sum(gates[e] for e in best)
+    return sum(gates[e] / total * module.experts[e] for e in best)
+
+
+def contemplate(model, contemplation, tokens: tuple[int, ...], router_state):
+    """f of the last of ``tokens``: the contemplate row alone, over a cache filled by hand with the soft prompts before
+    the keys and values of the literal path."""
+    _, _, keys, values = read(model, tuple(tokens))
+    cache = DynamicCache()
+    for layer in range(model.config.num_hidden_layers):
+        soft = contemplation.soft_keys[layer][None], contemplation.soft_values[layer][None]
+        cache.update(torch.cat([soft[0], keys[layer][None]], 2), torch.cat([soft[1], values[layer][None]], 2), layer)
+    con = mixture(contemplation.con, router_state)
+    position = torch.tensor([[len(tokens)]])  # the position of the last token, plus one
+    _, f = _run(model, inputs_embeds=con[None, None], position_ids=position, past_key_values=cache)
+    return f[0]
+
+
+# ---------------------------------------------------------------- the draft layer, without a cache
+
+
+class NaiveDraft:
+    """METHOD 3 and 4 in plain PyTorch, from the weights alone: one row at a time, one head at a time."""
+
+    def __init__(self, draft: DraftModel, model) -> None:
+        self.w = {name: weight.float() for name, weight in draft.named_parameters()}
+        self.config, self.contemplation = draft.config, draft.contemplation
+        self.embedding = model.get_input_embeddings().weight
+        self.target_ids = [i + offset for i, offset in enumerate(draft.d2t.tolist())]
+
+    def norm(self, name: str, x):
+        return x / torch.sqrt(x.square().mean() + self.config.rms_norm_eps) * self.w[f"{name}.weight"]
+
+    def rope(self, head, position: int):
+        half = self.config.head_dim // 2
+        theta = self.config.rope_parameters["rope_theta"]
+        out = head.clone()
+        for i in range(half):
+            angle = position * theta ** (-2 * i / self.config.head_dim)
+            a, b = head[i].item(), head[i + half].item()
+            out[i], out[i + half] = (
+                a * math.cos(angle) - b * math.sin(angle),
+                b * math.cos(angle) + a * math.sin(angle),
+            )
+        return out
+
+    def fuse(self, h):
+        return self.w["fc.weight"] @ h
+
+    def row(self, embedding, hidden):
+        return torch.cat([self.norm("midlayer.input_layernorm", embedding), self.norm("midlayer.hidden_norm", hidden)])
+
+    def key_value(self, row, position: int):
+        """Keys (rotated) and values of one row, a list over the key-value heads."""
+        keys = (self.w["midlayer.self_attn.k_proj.weight"] @ row).split(self.config.head_dim)
+        values = (self.w["midlayer.self_attn.v_proj.weight"] @ row).split(self.config.head_dim)
+        return [self.rope(key, position) for key in keys], list(values)
+
+    def prefix(self, tokens, features):
+        """Key-value rows of a sequence: row i holds h[i] and the embedding of token i + 1, at position i."""
+        return [
+            self.key_value(self.row(self.embedding[tokens[i + 1]], self.fuse(features[i])), i)
+            for i in range(len(tokens) - 1)
+        ]
+
+    def future(self, f, anchor_features, anchor: int):
+        """The key-value row of the future token: [f] experts routed by g of the anchor, W_fc f, position anchor + 1."""
+        embedding = mixture(self.contemplation.future, self.fuse(anchor_features))
+        return self.key_value(self.row(embedding, self.fuse(f)), anchor + 1)
+
+    def layer(self, embedding, hidden, position: int, seen):
+        """Output of the layer for one row that attends to the key-value rows ``seen`` (its own is the last)."""
+        row = self.row(embedding, hidden)
+        queries = (self.w["midlayer.self_attn.q_proj.weight"] @ row).split(self.config.head_dim)
+        group = len(queries) // self.config.num_key_value_heads
+        heads = []
+        for number, query in enumerate(queries):
+            query = self.rope(query, position)
+            scores = torch.stack([torch.dot(query, keys[number // group]) for keys, _ in seen])
+            weights = (scores / math.sqrt(self.config.head_dim)).softmax(0)
+            heads.append(sum(weight * values[number // group] for weight, (_, values) in zip(weights, seen, strict=True)))
+        x = hidden + self.w["midlayer.self_attn.o_proj.weight"] @ torch.cat(heads)
+        y = self.norm("midlayer.post_attention_layernorm", x)
+        gate, up = self.w["midlayer.mlp.gate_proj.weight"] @ y, self.w["midlayer.mlp.up_proj.weight"] @ y
+        return x + self.w["midlayer.mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * up)
+
+    def proposals(self, tokens, features, future=None):
+        """What the draft expects behind ``tokens`` and a drafted path: a function path -> {target id: log-prob}.
+
+        ``features`` are h of all tokens but the last, which is the root of the tree. ``future`` is a key-value row.
+        """
+        rows = self.prefix(tokens, features)
+        ahead = [future] if future is not None else []
+        last = len(tokens) - 2
+
+        @lru_cache(maxsize=None)
+        def output(path):
+            """Output state of the path's last row, and the key-value rows of the path."""
+            if not path:
+                return self.layer(
+                    self.embedding[tokens[-1]], self.fuse(features[last]), last, [*ahead, *rows]
+                ), ()
+            hidden, drafted = output(path[:-1])
+            embedding, position = self.embedding[path[-1]], last + len(path)
+            drafted = (*drafted, self.key_value(self.row(embedding, hidden), position))
+            return self.layer(embedding, hidden, position, [*ahead, *rows, *drafted]), drafted
+
+        @lru_cache(maxsize=None)
+        def log_probs(path):
+            logits = self.w["lm_head.weight"] @ self.norm("norm", output(path)[0])
+            return dict(zip(self.target_ids, logits.log_softmax(0).tolist(), strict=True))
+
+        return log_probs
+
+
+# ---------------------------------------------------------------- trees and the decode loop
+
+
+def grow(log_probs, *, depth: int, topk: int, nodes: int) -> dict[tuple[int, ...], float]:
+    """EAGLE-2 with dictionaries: path of tokens below the root -> score."""
+    scored, frontier = {}, {(): 0.0}
+    for _ in range(depth):
+        level = {}
+        for path, score in frontier.items():
+            children = log_probs(path)
+            for token in sorted(children, key=children.get, reverse=True)[:topk]:
+                level[(*path, token)] = score + children[token]
+        scored |= level
+        frontier = {path: level[path] for path in sorted(level, key=level.get, reverse=True)[:topk]}
+    best = sorted(scored, key=scored.get, reverse=True)[: nodes - 1]
+    return {(): 0.0} | {path: scored[path] for path in best}
+
+
+def paths(tree, row: int) -> dict[tuple[int, ...], float]:
+    """The same view of a `Tree`, by walking parent pointers."""
+    return {node_path(tree, row, node): tree.scores[row, node].item() for node in range(tree.tokens.shape[1])
+            if tree.scores[row, node] > -math.inf}  # fmt: skip
+
+
+def node_path(tree, row: int, node: int) -> tuple[int, ...]:
+    path = []
+    while node != 0:
+        path.insert(0, tree.tokens[row, node].item())
+        node = tree.parents[row, node].item()
+    return tuple(path)
+
+
+def decode(model, draft: DraftModel, prompt, *, rounds: int, depth: int, topk: int, nodes: int, con: int | None):
+    """Greedy speculative decoding of one prompt as METHOD 4 to 6 tell it. Returns, for every round, the tree that was
+    verified, the tokens that came out, and f with the position of its anchor (None when nothing contemplates)."""
+    naive = NaiveDraft(draft, model)
+    contemplates = draft.contemplation is not None and con != 0
+    before, root, tree = tuple(prompt[:-1]), prompt[-1], {(): 0.0}
+    router = read(model, before)[1][-1] if before else torch.zeros(3 * HIDDEN)
+    history = []
+    for _ in range(rounds):
+        path = ()
+        while True:
+            drawn = read(model, (*before, root, *path))[0][-1].argmax().item()
+            if (*path, drawn) not in tree:
+                break
+            path = (*path, drawn)
+        f = anchor = None
+        if contemplates:
+            count = len(tree) if con is None else con
+            carriers = sorted(tree, key=tree.get, reverse=True)[:count]
+            followed = next(path[:length] for length in range(len(path), -1, -1) if path[:length] in carriers)
+            f = contemplate(model, draft.contemplation, (*before, root, *followed), router)
+            anchor = len(before) + len(followed)
+        history.append({"tree": tree, "tokens": [*path, drawn], "f": f, "anchor": anchor})
+        before, root = (*before, root, *path), drawn
+        features = read(model, before)[1]
+        router = features[-1]
+        future = naive.future(f, features[anchor], anchor) if contemplates else None
+        tree = grow(naive.proposals((*before, root), features, future), depth=depth, topk=topk, nodes=nodes)
+    return history
