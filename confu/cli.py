@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict, get_type_hints
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Group, Parameter
 
 from confu import __version__
 from confu.config import SamplingConfig, TrainConfig, TreeConfig, load_toml
 from confu.models import ModelUnavailable
 from confu.terminal import Stages, Terminal, TrainingBoard, read_prompt
-from confu.view import TokenView, facts, lossless_table, summary
+from confu.view import TokenView, facts, lossless_view, summary
 
 if TYPE_CHECKING:
     from confu.generate import Decoder
@@ -33,9 +33,12 @@ app = App(
     name="confu",
     help="Lossless speculative decoding with EAGLE-3 and ConFu drafts.",
     version=__version__,
-    default_parameter=Parameter(negative="", show_default=lambda value: "" if value in (False, ()) else str(value)),
+    default_parameter=Parameter(
+        negative="", show_default=lambda value: None if value in (None, ()) or value is False else value
+    ),
 )
 app.register_install_completion_command()
+MODEL, SAMPLED, TREES, SHOWN = map(Group.create_ordered, ("Model", "Sampling", "Draft tree", "Output"))
 
 
 @dataclass(frozen=True)
@@ -75,16 +78,16 @@ DraftName = Annotated[
     ),
 ]
 TargetName = Annotated[
-    str | None, Parameter(group="Model", help="Target: name, folder or Hub id. Default: the draft's own.")
+    str | None, Parameter(group=MODEL, help="Target: name, folder or Hub id. Default: the draft's own.")
 ]
 Dtype = Annotated[
     str,
-    Parameter(group="Model", help="float32, bfloat16 or float16; auto is bfloat16 where the device computes it."),
+    Parameter(group=MODEL, help="float32, bfloat16 or float16; auto is bfloat16 where the device computes it."),
 ]
-Device = Annotated[str, Parameter(group="Model", help="cpu, cuda, cuda:1 ...; auto is cuda where there is one.")]
-Sampling = Annotated[SamplingConfig, Parameter(name="*", group="Sampling")]
-Tree = Annotated[TreeConfig, Parameter(name="*", group="Draft tree", name_transform=_tree_option)]
-Output = Annotated[OutputConfig, Parameter(name="*", group="Output")]
+Device = Annotated[str, Parameter(group=MODEL, help="cpu, cuda, cuda:1 ...; auto is cuda where there is one.")]
+Sampling = Annotated[SamplingConfig, Parameter(name="*", group=SAMPLED)]
+Tree = Annotated[TreeConfig, Parameter(name="*", group=TREES, name_transform=_tree_option)]
+Output = Annotated[OutputConfig, Parameter(name="*", group=SHOWN)]
 SAMPLING, TREE, OUTPUT = SamplingConfig(), TreeConfig(), OutputConfig()
 
 
@@ -140,7 +143,7 @@ def _settle_libraries(debug: bool) -> None:
 
 
 @app.command(
-    help_epilogue='Examples:\n\n    confu generate smollm2-135m-confu --prompt "Why is the sky blue?" --show-tokens\n\n'
+    help_epilogue='Examples:\n\n    confu generate smollm2-135m-confu --prompt "Hello!" --show-tokens\n'
     "    git log -5 | confu generate smollm2-135m-confu --prompt - --json"
 )
 def generate(
@@ -158,8 +161,8 @@ def generate(
     device: Device = "auto",
     sampling: Sampling = SAMPLING,
     tree: Tree = TREE,
-    show_tokens: Annotated[bool, Parameter(group="Output")] = False,
-    show_rejected: Annotated[bool, Parameter(group="Output")] = False,
+    show_tokens: Annotated[bool, Parameter(group=SHOWN)] = False,
+    show_rejected: Annotated[bool, Parameter(group=SHOWN)] = False,
     output: Output = OUTPUT,
 ) -> int:
     """Answer one prompt, streaming.
@@ -197,7 +200,9 @@ def generate(
     view = None
     if show_tokens or show_rejected:
         assert decoder.tokenizer is not None
-        view = TokenView(colour=terminal.colour, decode=decoder.tokenizer.decode if show_rejected else None)
+        tokenizer = decoder.tokenizer
+        decode = (lambda ids: str(tokenizer.decode(list(ids)))) if show_rejected else None
+        view = TokenView(colour=terminal.colour, decode=decode)
         if not terminal.json:
             terminal.say(view.legend())
     if compare:
@@ -231,7 +236,7 @@ def _load(
     if draft is None and not no_draft:
         raise ValueError("No draft was given; name one (`confu info` lists them), or add --no-draft.")
     with Stages(terminal) as progress:
-        progress("starting", None)
+        progress.wait("starting")
         from confu.load import load_decoder, target_name
 
         name = target_name(draft, target)
@@ -260,7 +265,7 @@ def _warn_without_effect(terminal: Terminal, decoder: Decoder, sampling: Samplin
         terminal.say("confu: without effect for a draft that does not contemplate: --contemplate")
 
 
-@app.command(help_epilogue="Examples:\n\n    confu chat smollm2-135m-confu\n\n    confu chat lookup --temperature 0.7")
+@app.command(help_epilogue="Examples:\n\n    confu chat smollm2-135m-confu\n    confu chat lookup --temperature 0.7")
 def chat(
     draft: DraftName = None,
     /,
@@ -318,7 +323,7 @@ def verify_lossless(
     /,
     *,
     max_new_tokens: int = 128,
-    samples: int = 384,
+    samples: int = 256,
     target: TargetName = None,
     device: Device = "auto",
     tree: Tree = TREE,
@@ -345,7 +350,7 @@ def verify_lossless(
     if terminal.json:
         terminal.document(**names, **report.as_dict())
     else:
-        terminal.out.print(lossless_table(report))
+        terminal.out.print(lossless_view(report))
     return 0 if report.lossless else 1
 
 
@@ -355,6 +360,7 @@ def train(
     /,
     *,
     resume: bool = False,
+    device: Device = "auto",
     overrides: Annotated[TrainOverrides | None, Parameter(name="*", group="Settings that win over the recipe")] = None,
     output: Output = OUTPUT,
 ) -> int:
@@ -368,14 +374,15 @@ def train(
     terminal = output.terminal()
     config = load_toml(TrainConfig, recipe, dict(overrides or {}))
     with Stages(terminal) as progress:
-        progress("starting", None)
-        from confu.load import find_dtype
+        progress.wait("starting")
+        from confu.load import find_device, find_dtype
         from confu.models import load_target_model
         from confu.target import Target
         from confu.train import train as run_training
 
-        dtype = find_dtype(config.dtype, "cpu")
-        model, tokenizer = load_target_model(config.target, dtype=dtype, device="cpu", progress=progress)
+        place = find_device(device)
+        dtype = find_dtype(config.dtype, place)
+        model, tokenizer = load_target_model(config.target, dtype=dtype, device=place, progress=progress)
         board = TrainingBoard(terminal, config.steps, progress)
         try:
             final = run_training(

@@ -53,6 +53,9 @@ class Batch:
     spans: Int[Tensor, "B T"]
     lengths: list[int]
 
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.tokens.to(device), self.spans.to(device), self.lengths)
+
 
 def read_corpus(
     files: tuple[str, ...],

@@ -81,11 +81,13 @@ def draw_anchors(
     first = torch.where(valid, rows.index, num_tokens).min(dim=1).values
     last = torch.where(valid, rows.index, -1).max(dim=1).values
     num_blocks = int(((last - first) // replication).max()) + 1
-    batch = len(first)
-    jitter = torch.randint(replication, (batch, num_blocks), generator=generator)
+    device, batch = first.device, len(first)
+    jitter = torch.randint(replication, (batch, num_blocks), generator=generator).to(device)
     jitter[:, 0] = 0  # the last prompt token always contemplates when decoding
-    position = (first[:, None] + torch.arange(num_blocks) * replication + jitter).clamp(1, num_tokens - 2)
-    lag = torch.randint(1, max_router_lag + 1, (batch, num_blocks), generator=generator)
+    position = (first[:, None] + torch.arange(num_blocks, device=device) * replication + jitter).clamp(
+        1, num_tokens - 2
+    )
+    lag = torch.randint(1, max_router_lag + 1, (batch, num_blocks), generator=generator).to(device)
     distance = rows.index[:, :, None] - position[:, None, :]  # [B, Q, A]
     in_reach = (distance >= 0) & (distance < replication)
     latest = torch.where(in_reach, distance, replication).min(dim=2)
@@ -144,12 +146,13 @@ def contemplate(
     con = contemplation.con(_at(features, anchors.router)).to(features.dtype)
     batch, num_anchors = anchors.position.shape
     num_soft = prefix.soft_keys.shape[2]
-    keys = torch.arange(features.shape[1])
+    device = features.device
+    keys = torch.arange(features.shape[1], device=device)
     mask = torch.cat(
         [
-            torch.ones(batch, num_anchors, num_soft, dtype=torch.bool),
+            torch.ones(batch, num_anchors, num_soft, dtype=torch.bool, device=device),
             keys <= anchors.position[:, :, None],
-            torch.eye(num_anchors, dtype=torch.bool).expand(batch, -1, -1),
+            torch.eye(num_anchors, dtype=torch.bool, device=device).expand(batch, -1, -1),
         ],
         dim=2,
     )
@@ -169,8 +172,9 @@ def unroll(
     steps 1..k, and the [f] row of the anchor that serves it: all but the first kind are one key per row."""
     fused = draft.fuse(features)  # [B, T, D]
     row0 = draft.row(target.embed(tokens.roll(-1, dims=1)), fused)
-    keys0, values0 = draft.keys_values(row0, torch.arange(tokens.shape[1]).expand(tokens.shape))
-    causal = torch.arange(tokens.shape[1]) <= rows.index[:, :, None]  # [B, Q, T]
+    place = torch.arange(tokens.shape[1], device=tokens.device)
+    keys0, values0 = draft.keys_values(row0, place.expand(tokens.shape))
+    causal = place <= rows.index[:, :, None]  # [B, Q, T]
 
     own: list[tuple[Tensor, Tensor, Tensor | None]] = []  # keys, values [B, G, Q, head], visible [B, Q]
     if future is not None and served_by is not None:

@@ -9,6 +9,7 @@ from typing import Any
 from confu.config import SamplingConfig
 from confu.generate import Decoder, Session, Token
 from confu.load import encode_chat
+from confu.lossless import logit_gap
 from confu.stats import Stats
 from confu.terminal import Stages, Terminal, decode_utf8
 from confu.view import TokenView, first_difference, summary
@@ -58,8 +59,7 @@ def stream_answer(
     shows = not terminal.json
     try:
         with Stages(terminal) as waiting:
-            if terminal.err.is_terminal:
-                waiting(f"reading {len(prompt)} tokens", None)
+            waiting.wait(f"reading {len(prompt)} tokens")
             for token in decoder.stream([prompt], sampling, session=session, stats=answer.stats):
                 waiting.close()
                 answer.tokens.append(token)
@@ -97,13 +97,18 @@ def compare(
         return {"plain": None, "speedup": None}, True
     at = first_difference(answer.token_ids, plain.token_ids)
     speedup = answer.stats.tokens_per_second / plain.stats.tokens_per_second
-    verdict = f"the same {len(plain.tokens)} tokens"
+    verdict, gap = f"the same {len(plain.tokens)} tokens", None
     if at is not None and sampling.temperature > 0:
         verdict = "another answer, as sampling draws anew (the distribution is the same)"
     elif at is not None:
-        verdict = f"different from token {at + 1} on (`confu verify-lossless` tells rounding from error)"
-    terminal.say(f"plain target {plain.stats.tokens_per_second:.1f} tok/s, {verdict}, speed-up {speedup:.2f}x")
-    same = {"identical": at is None, "first_difference": at}
+        gap = logit_gap(decoder, [*ids, *plain.token_ids[:at]])
+        precision = str(decoder.target.dtype).removeprefix("torch.")
+        verdict = (
+            f"different from token {at + 1} on, where its two best logits are {gap:.2g} apart in {precision} "
+            "(`confu verify-lossless` tells rounding from error)"
+        )
+    terminal.say(f"plain target {plain.stats.tokens_per_second:.1f} tok/s, speed-up {speedup:.2f}x, {verdict}")
+    same = {"identical": at is None, "first_difference": at, "logit_gap": gap}
     return {"plain": plain.as_dict() | same, "speedup": speedup}, False
 
 

@@ -80,6 +80,11 @@ class Stages:
             )
         self._stage = stage
 
+    def wait(self, stage: str) -> None:
+        """Only where somebody watches: a stage not worth a line in a log."""
+        if self.terminal.err.is_terminal:
+            self(stage, None)
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()

@@ -71,7 +71,7 @@ def train(
         progress=lambda fraction: progress("tokenising", fraction),
     )
     # 2. draft
-    draft = _start_draft(config, target, corpus)
+    draft = _start_draft(config, target, corpus).to(target.device)
     optimizer = torch.optim.AdamW(_parameter_groups(draft, config), betas=(0.9, 0.95), weight_decay=0.0)
     first_step, tokens_seen = 0, 0
     if state is not None:
@@ -127,7 +127,7 @@ def _step(
         result = losses(
             draft,
             target,
-            batch,
+            batch.to(target.device),
             ttt_steps=config.ttt_steps,
             step_decay=config.step_decay,
             max_router_lag=config.max_router_lag,
@@ -238,12 +238,12 @@ def add_contemplation(source: DraftModel, config: TrainConfig, target: Target, c
         cache = target.new_cache(1, config.num_soft_prompts)
         answer = corpus.documents[0]
         tokens = answer.tokens[answer.spans > 0].repeat(config.num_soft_prompts)[: config.num_soft_prompts]
-        target.prefill(cache, tokens[None], [config.num_soft_prompts])
+        target.prefill(cache, tokens[None].to(target.device), [config.num_soft_prompts])
         draft.contemplation.soft_keys.copy_(cache.keys[:, 0])
         draft.contemplation.soft_values.copy_(cache.values[:, 0])
         for mixture in (draft.contemplation.con, draft.contemplation.future):
             picked = frequent[torch.randperm(len(frequent), generator=generator)[: config.num_experts]]
-            experts = target.embed(picked).float()
+            experts = target.embed(picked.to(target.device)).float().cpu()
             noise = torch.randn(experts.shape, generator=generator) * 0.1 * experts.std()
             mixture.experts.copy_(experts + noise)
     return draft

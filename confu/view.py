@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -105,21 +106,21 @@ def facts(values: dict[str, Any], *, indent: int = 0) -> Text:
     return text
 
 
-def lossless_table(report: Report) -> Table:
-    """Every prompt's result, then the sampling test's."""
-    table = Table("check", "tokens", "tau", "result", box=None, pad_edge=False)
+def lossless_view(report: Report) -> Group:
+    """Every prompt's result as a table, then the sampling test's line."""
+    table = Table("prompt", "tokens", "tau", "result", box=None, pad_edge=False)
     for check in report.greedy:
         result = check.result
         if check.first_difference is not None:
-            result += (
-                f" from token {check.first_difference + 1} on (the target's two best are {check.logit_gap:.1e} apart)"
-            )
+            result += f" from token {check.first_difference + 1} on, logit gap {check.logit_gap:.1e}"
         table.add_row(check.name, str(check.num_tokens), f"{check.mean_acceptance_length:.2f}", result)
     test = report.sampling
     strays = f", {test.strays} impossible" if test.strays else ""
-    counts = f"{test.samples} samples, {test.cells} cells, chi-square {test.chi_square:.1f}, p = {test.p_value:.3g}"
-    table.add_row("sampling", "", "", f"{test.result} ({counts}{strays})")
-    return table
+    numbers = (
+        f"{test.samples} samples{strays}, {test.cells} cells, chi-square {test.chi_square:.1f}, p {test.p_value:.3g}"
+    )
+    verdict = "lossless" if report.lossless else "NOT lossless"
+    return Group(table, Text(f"sampling: {test.result} ({numbers})"), Text(verdict, "bold"))
 
 
 def _fact(name: str, value: Any) -> str:

@@ -9,6 +9,7 @@ import math
 from functools import lru_cache
 
 import torch
+from hypothesis import Phase
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from confu.config import DraftConfig
@@ -17,6 +18,7 @@ from confu.tree import chain
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS, CONTEXT = 48, 4, 2, 12, 8, 96
 FEATURE_LAYERS = (2, 4, 5)  # inputs of layers 2, L//2, L-3
+NO_SHRINK = (Phase.explicit, Phase.generate)  # for tests that run a model: minutes of shrinking help nobody
 
 
 # ---------------------------------------------------------------- tiny models
@@ -131,6 +133,14 @@ class ScriptedState:
         self.tokens, self.roots = [self.tokens[i] for i in sequences], [self.roots[i] for i in sequences]
 
 
+def assert_close(actual, expected, tolerance: float = 1e-5) -> None:
+    """Equal up to rounding, which goes with the largest activation: random residual streams reach the hundreds."""
+    assert actual.shape == expected.shape
+    scale = max(1.0, expected.abs().max().item())
+    worst = (actual.double() - expected.double()).abs().max().item()
+    assert worst <= tolerance * scale, f"differs by {worst} where values reach {scale}"
+
+
 # ---------------------------------------------------------------- the target, one plain forward per path
 
 
@@ -162,7 +172,7 @@ def read(model, tokens: tuple[int, ...]):
 def _generated(model, prompt: tuple[int, ...], count: int) -> tuple[int, ...]:
     ids = torch.tensor([prompt])
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, eos_token_id=-1, pad_token_id=0
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False
     )
     return tuple(out[0, len(prompt) :].tolist())
 
@@ -179,6 +189,8 @@ def mixture(module, state):
     direction = state / math.sqrt(state.square().mean().item() + 1e-6)
     gates = [math.exp(torch.dot(weight, direction).item()) for weight in module.router.weight]
     best = sorted(range(len(gates)), key=lambda e: -gates[e])[: module.top_experts]
+    if not state.any():  # a prompt of one token: nothing to route by, any K experts will do; take those of topk
+        best = torch.zeros(len(gates)).topk(module.top_experts).indices.tolist()
     total = sum(gates[e] for e in best)
     return sum(gates[e] / total * module.experts[e] for e in best)
 

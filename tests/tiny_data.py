@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 
 import torch
+from naive import build_draft, build_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from confu.config import DraftConfig
+from confu.data import Document, collate, tokenize_row
 from confu.draft import DraftModel
 from confu.target import Target
 
@@ -63,44 +64,43 @@ def tiny_llama(
     return model
 
 
-def tiny_target(seed: int = 0) -> Target:
-    return Target(tiny_llama(seed))
+@functools.cache
+def _random_model() -> LlamaForCausalLM:
+    return build_model()
 
 
-def tiny_draft(method: str = "confu", seed: int = 1, *, target: Target | None = None, draft_vocab: int = 40) -> DraftModel:
-    """A random draft of the tiny target; every weight, soft prompts and experts included, is far from zero."""
-    torch.manual_seed(seed)
-    target = target or tiny_target()
-    confu = method == "confu"
-    draft = DraftModel(
-        DraftConfig(
-            method=method,
-            target="tiny",
-            hidden_size=target.hidden_size,
-            intermediate_size=40,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=12,
-            vocab_size=target.vocab_size,
-            draft_vocab_size=draft_vocab,
-            num_target_layers=target.num_layers,
-            feature_layers=target.feature_layers,
-            max_position_embeddings=512,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-            num_soft_prompts=3 if confu else 0,
-            num_experts=4 if confu else 0,
-            top_experts=2 if confu else 0,
-            replication=4 if confu else 0,
-        )
-    )
-    with torch.no_grad():
-        for name, weight in draft.named_parameters():
-            if "norm" in name:
-                weight.uniform_(0.6, 1.4)
-            else:
-                weight.normal_(std=0.5 if name.startswith("contemplation") else 0.15)
-    draft.set_vocabulary(torch.randperm(target.vocab_size)[:draft_vocab].sort().values)
-    return draft.eval()
+def tiny_draft(method: str = "confu", *, draft_vocab: int = 40) -> DraftModel:
+    """A random draft of the random model, over part of its 64 tokens."""
+    return build_draft(_random_model(), method, draft_vocab_size=draft_vocab)
+
+
+SENTENCES = (
+    "the cat sat on the mat",
+    "a ship sails at dawn",
+    "rain falls in the hills",
+    "she sells sea shells",
+    "we like warm bread",
+    "the moon is full",
+)
+ROWS = [{"prompt": str(number), "response": sentence} for number, sentence in enumerate(SENTENCES)]
+
+
+@functools.cache
+def taught_target() -> Target:
+    """A tiny target that answers the number of a sentence with the sentence: a predictable text."""
+    documents = [tokenize_row(row, byte_tokenizer(), max_length=64) for row in ROWS]
+    batch = collate([document for document in documents if isinstance(document, Document)])
+    labels = torch.where(batch.spans > 0, batch.tokens, -100)
+    model = tiny_llama().train()
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    for step in range(60):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1, (step + 1) / 10) * (1 - step / 60)
+        optimizer.zero_grad()
+        model(input_ids=batch.tokens, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return Target(model)
 
 
 def write_jsonl(path: Path, rows: list) -> str:

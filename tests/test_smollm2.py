@@ -1,0 +1,54 @@
+"""The shipped drafts on the real default target: float32 greedy text is the plain model's, and the drafts do draft."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import confu
+from confu.config import SamplingConfig, TreeConfig
+from confu.load import encode_chat, load_decoder
+from confu.stats import Stats
+
+PROMPTS = [
+    json.loads(line)["prompt"]
+    for line in (Path(confu.__file__).parent / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+]
+NEW_TOKENS = 32
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """The oracle: every built-in prompt through the model's own `generate`, one at a time."""
+    decoder = load_decoder(None, dtype="float32", device="cpu")
+    prompts = [encode_chat(decoder.tokenizer, [{"role": "user", "content": text}]) for text in PROMPTS]
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = decoder.target.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, top_k=None
+        )
+        answers.append(out[0, len(prompt) :].tolist())
+    return prompts, answers
+
+
+@pytest.mark.parametrize(
+    ("draft", "least_tau"), [("smollm2-135m-eagle3", 1.4), ("smollm2-135m-confu", 1.4), ("lookup", 1.0)]
+)
+def test_greedy_answers_are_the_plain_models(plain, draft, least_tau):
+    prompts, answers = plain
+    decoder = load_decoder(draft, dtype="float32", device="cpu", tree=TreeConfig())
+    stats = Stats()
+    results = decoder.generate(prompts, SamplingConfig(max_new_tokens=NEW_TOKENS), stats=stats)
+    assert [result.token_ids for result in results] == answers
+    assert stats.mean_acceptance_length >= least_tau
+
+
+@pytest.mark.parametrize("draft", ["smollm2-135m-eagle3", "smollm2-135m-confu"])
+def test_shipped_drafts_fit_the_package(draft):
+    folder = Path(confu.__file__).parent / "drafts" / draft
+    assert (folder / "model.safetensors").stat().st_size <= 25_000_000
+    provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    assert provenance["commit"]
+    assert provenance["data_sha256"]

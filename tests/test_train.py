@@ -1,0 +1,418 @@
+"""The training loop on a tiny target whose text is predictable: it learns, it stops and goes on as if it had not, and
+what it learns is what the decoder then accepts."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_data import ROWS, VOCAB, byte_tokenizer, taught_target, tiny_draft, write_jsonl
+
+from confu import train as train_module
+from confu.config import SamplingConfig, TrainConfig, TreeConfig, to_json
+from confu.data import Batch, read_corpus
+from confu.draft import DraftModel
+from confu.drafter import TreeDrafter
+from confu.generate import Decoder
+from confu.objective import losses
+from confu.stats import Stats
+from confu.train import add_contemplation, new_eagle3, train
+
+TOKENIZER = byte_tokenizer()
+PROMPTS = [
+    TOKENIZER.encode(f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)
+    for row in ROWS
+]
+
+
+@pytest.fixture(scope="module")
+def target():
+    return taught_target()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_jsonl(tmp_path_factory.mktemp("data") / "answers.jsonl", [*ROWS, {"text": "no conversation"}])
+
+
+@pytest.fixture(scope="module")
+def recipe(data):
+    """An EAGLE-3 recipe whose one batch holds all six conversations."""
+    return TrainConfig(
+        method="eagle3",
+        out="",
+        data=(data,),
+        target="tiny",
+        draft_vocab_size=48,
+        steps=70,
+        batch_tokens=300,
+        max_length=64,
+        ttt_steps=4,
+        lr=3e-3,
+        num_soft_prompts=4,
+        num_experts=3,
+        replication=4,
+        max_router_lag=4,
+        dtype="float32",
+        log_every=1,
+        checkpoint_every=1000,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(recipe, target, tmp_path_factory):
+    """An EAGLE-3 draft trained to the end, with its reports."""
+    reports = []
+    out = tmp_path_factory.mktemp("trained") / "run"
+    return train(dataclasses.replace(recipe, out=str(out)), target, TOKENIZER, on_report=reports.append), reports
+
+
+@pytest.fixture(scope="module")
+def halfway(recipe, target, tmp_path_factory):
+    """One that is right about half of the time."""
+    out = tmp_path_factory.mktemp("halfway") / "run"
+    return train(dataclasses.replace(recipe, out=str(out), steps=30), target, TOKENIZER)
+
+
+def confu(recipe: TrainConfig, init) -> TrainConfig:
+    return dataclasses.replace(recipe, method="confu", init=str(init), lr=1e-3)
+
+
+# ---------------------------------------------------------------- learning
+
+
+def test_eagle3_overfits_one_batch(trained):
+    _, reports = trained
+    assert reports[-1].loss < reports[0].loss / 5
+    assert reports[-1].accuracy[0] > 0.9
+    assert [report.step for report in reports] == list(range(1, 71))
+    supervised = sum(len(row["response"]) for row in ROWS)  # with the end of turn, without the first byte
+    assert [report.tokens_seen for report in reports] == [supervised * n for n in range(1, 71)]
+
+
+def test_confu_learns_from_a_trained_eagle3(recipe, target, halfway, tmp_path):
+    """The loss falls on, and every new weight moves."""
+    reports = []
+    config = dataclasses.replace(confu(recipe, halfway), out=str(tmp_path / "run"), steps=40)
+    before = [parameter.clone() for parameter in target.model.parameters()]
+    final = train(config, target, TOKENIZER, on_report=reports.append)
+    early, late = (sum(r.loss for r in part) / 5 for part in (reports[:5], reports[-5:]))
+    assert late < 0.8 * early
+    assert all(torch.equal(old, new) for old, new in zip(before, target.model.parameters(), strict=True))
+
+    corpus = read_corpus(recipe.data, TOKENIZER, max_length=64)
+    start = add_contemplation(DraftModel.load(halfway), config, target, corpus).state_dict()
+    stop = DraftModel.load(final).state_dict()
+    assert start.keys() == stop.keys()
+    for name in start:
+        moved = not torch.equal(start[name].bfloat16(), stop[name].bfloat16())
+        assert moved == start[name].is_floating_point(), name
+
+
+def test_autocast_changes_little(recipe, target, tmp_path):
+    first = []
+    for dtype in ("float32", "bfloat16"):
+        config = dataclasses.replace(recipe, out=str(tmp_path / dtype), steps=3, dtype=dtype)
+        train(config, target, TOKENIZER, on_report=lambda report: first.append(report.loss))
+    assert first[3:] == pytest.approx(first[:3], rel=0.03)
+    assert first[3:] != first[:3]
+
+
+# ---------------------------------------------------------------- the start
+
+
+def test_new_draft_has_the_most_frequent_tokens_and_the_targets_head(recipe, target):
+    corpus = read_corpus(recipe.data, TOKENIZER, max_length=64)
+    counts = Counter(dict.fromkeys(range(VOCAB), 0))
+    for row in ROWS:
+        counts.update([*row["response"].encode(), 257])
+    for size in (7, 30):  # 30: also some that are never supervised
+        draft = new_eagle3(dataclasses.replace(recipe, draft_vocab_size=size), target, corpus)
+        ids = sorted(sorted(counts, key=lambda token: (-counts[token], token))[:size])
+        assert draft.target_ids().tolist() == ids
+        assert torch.equal(draft.lm_head.weight, target.head_weight[ids])
+        assert draft.config.vocabulary_fingerprint == corpus.fingerprint
+
+
+def test_confu_starts_as_its_eagle3_draft(recipe, target, halfway):
+    corpus = read_corpus(recipe.data, TOKENIZER, max_length=64)
+    source = DraftModel.load(halfway)
+    draft = add_contemplation(source, confu(recipe, halfway), target, corpus)
+    state = draft.state_dict()
+    for name, value in source.state_dict().items():
+        assert torch.equal(state.pop(name), value), name
+    assert all(name.startswith("contemplation.") for name in state)
+    assert (
+        dataclasses.replace(
+            draft.config, method="eagle3", num_soft_prompts=0, num_experts=0, top_experts=0, replication=0
+        )
+        == source.config
+    )
+
+    # soft prompts: keys and values of real tokens, the first answer's
+    answer = torch.tensor([list(ROWS[0]["response"].encode())[:4]])
+    layers = target.model(input_ids=answer, use_cache=True).past_key_values.layers
+    for layer, cached in enumerate(layers):
+        torch.testing.assert_close(draft.contemplation.soft_keys[layer], cached.keys[0])
+        torch.testing.assert_close(draft.contemplation.soft_values[layer], cached.values[0])
+    # experts: different real tokens, and little noise
+    table = target.embed(torch.arange(VOCAB))
+    for mixture in (draft.contemplation.con, draft.contemplation.future):
+        distance = torch.cdist(mixture.experts, table)
+        assert len(set(distance.argmin(1).tolist())) == 3
+        assert (distance.min(1).values < 0.5 * table.norm(dim=1).mean()).all()
+        assert (distance.min(1).values > 0).all()
+
+
+def test_start_from_a_wrong_draft_is_refused(recipe, target, tmp_path):
+    tiny_draft("eagle3").save(tmp_path / "other")  # 64 tokens
+    config = dataclasses.replace(confu(recipe, tmp_path / "other"), out=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match=f"trained for width 48 and 64 tokens, the target has 48 and {VOCAB}"):
+        train(config, target, TOKENIZER)
+    corpus = read_corpus(recipe.data, TOKENIZER, max_length=64)
+    source = new_eagle3(recipe, target, corpus)
+    add_contemplation(source, confu(recipe, ""), target, corpus).save(tmp_path / "confu")
+    config = dataclasses.replace(recipe, init=str(tmp_path / "confu"), out=str(tmp_path / "run2"))
+    with pytest.raises(ValueError, match="an eagle3 run starts from an eagle3 draft"):
+        train(config, target, TOKENIZER)
+
+
+# ---------------------------------------------------------------- optimisation
+
+
+def test_learning_rate_warms_up_and_falls_to_a_tenth(recipe):
+    config = dataclasses.replace(recipe, steps=110, warmup=0.09, lr=2.0, lr_prompts=30.0, lr_experts=5.0)
+    draft = tiny_draft("confu")
+    optimizer = torch.optim.SGD(train_module._parameter_groups(draft, config))
+    for step, scale in ((0, 0.1), (4, 0.5), (9, 1.0), (10, 1.0), (60, 0.55), (85, 0.1 + 0.45 * (1 - math.sqrt(0.5)))):
+        train_module._set_learning_rates(optimizer, config, step)
+        assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([2 * scale, 30 * scale, 5 * scale])
+    train_module._set_learning_rates(optimizer, config, 109)
+    assert 0.2 < optimizer.param_groups[0]["lr"] < 0.201
+
+    names = {id(p): name for name, p in draft.named_parameters()}
+    groups = [sorted(names.pop(id(p)) for p in g["params"]) for g in optimizer.param_groups]
+    assert not names  # each weight in one group
+    assert groups[1] == ["contemplation.soft_keys", "contemplation.soft_values"]
+    assert groups[2] == [
+        f"contemplation.{mixture}.{part}" for mixture in ("con", "future") for part in ("experts", "router.weight")
+    ]
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_is_placed(recipe, target, tmp_path):
+    config = dataclasses.replace(recipe, out=str(tmp_path / "run"), lr=1e25, warmup=0.0, batch_tokens=90)
+    with pytest.raises(RuntimeError, match=r"at step [1-9] \(batch of 2 conversations, lengths \d+ to \d+\); lower"):
+        train(config, target, TOKENIZER)
+
+
+# ---------------------------------------------------------------- stop and go on
+
+
+class PowerCut(Exception):
+    pass
+
+
+def run_in_two(config, target, *, stop: str, at: int, monkeypatch) -> None:
+    """Stop a run after ``at`` steps, then resume it to its end."""
+    error = KeyboardInterrupt if stop.startswith("interrupt") else PowerCut
+    real = train_module._step
+    done = 0
+
+    def step(*args):
+        nonlocal done
+        if done == at and "report" not in stop:
+            raise error
+        done += 1
+        return real(*args)
+
+    def on_report(report):
+        if report.step == at and "report" in stop:
+            raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "_step", step)
+        with pytest.raises(error):
+            train(config, target, TOKENIZER, on_report=on_report)
+    torch.manual_seed(99)  # nothing may hang on what the process drew before
+    train(config, target, TOKENIZER, resume=True)
+
+
+def outcome(config) -> tuple:
+    """What a run leaves, without its timings."""
+    final = Path(config.out) / "final"
+    lines = (final.parent / "metrics.jsonl").read_text().splitlines()
+    metrics = [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
+    seen = json.loads((final / "provenance.json").read_text())["supervised_tokens_seen"]
+    return metrics, seen, (final / "model.safetensors").read_bytes(), (final / "config.json").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def short(recipe, halfway):
+    """Seven steps of two or three conversations, more than one epoch."""
+    settings = {"steps": 7, "batch_tokens": 90, "checkpoint_every": 3}
+    return {
+        "eagle3": dataclasses.replace(recipe, **settings),
+        "confu": dataclasses.replace(confu(recipe, halfway), **settings),
+    }
+
+
+@pytest.fixture(scope="module")
+def unbroken(short, target, tmp_path_factory):
+    """What the same seven steps leave in one go."""
+    found = {}
+    for method, config in short.items():
+        config = dataclasses.replace(config, out=str(tmp_path_factory.mktemp("unbroken") / method))
+        train(config, target, TOKENIZER)
+        found[method] = outcome(config)
+    return found
+
+
+@pytest.mark.parametrize("method", ["eagle3", "confu"])
+@pytest.mark.parametrize(
+    ("stop", "at"),
+    [
+        ("crash", 3),
+        ("crash", 5),  # back to the checkpoint of step 3
+        ("crash in report", 5),
+        ("interrupt", 4),
+        ("interrupt in report", 4),
+        ("interrupt in report", 3),  # where a checkpoint is due
+    ],
+)
+def test_resumed_run_is_the_unbroken_run(short, unbroken, target, tmp_path, monkeypatch, method, stop, at):
+    config = dataclasses.replace(short[method], out=str(tmp_path / "run"))
+    run_in_two(config, target, stop=stop, at=at, monkeypatch=monkeypatch)
+    metrics, seen, weights, settings = outcome(config)
+    assert metrics == unbroken[method][0]
+    assert seen == unbroken[method][1]
+    assert weights == unbroken[method][2]
+    assert settings == unbroken[method][3]
+
+
+@pytest.mark.parametrize("stop", ["crash", "interrupt"])
+def test_metrics_of_an_interval_survive_a_stop_within_it(short, target, tmp_path, monkeypatch, stop):
+    """A line covers its whole interval, also when the run was resumed in the middle of it."""
+    config = dataclasses.replace(short["eagle3"], log_every=4, checkpoint_every=2)
+    whole, broken = (dataclasses.replace(config, out=str(tmp_path / name)) for name in ("whole", "broken"))
+    train(whole, target, TOKENIZER)
+    run_in_two(broken, target, stop=stop, at=3, monkeypatch=monkeypatch)
+    assert outcome(broken) == outcome(whole)
+
+
+def test_run_that_stopped_before_its_first_checkpoint_can_be_had(short, target, tmp_path, monkeypatch):
+    """Either way on must work; a folder that can be neither resumed nor begun is a dead end."""
+    config = dataclasses.replace(short["eagle3"], out=str(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "_step", lambda *args: (_ for _ in ()).throw(PowerCut))
+        with pytest.raises(PowerCut):
+            train(config, target, TOKENIZER)
+    try:
+        train(config, target, TOKENIZER, resume=True)
+    except ValueError:
+        train(config, target, TOKENIZER)
+
+
+def test_resume_with_another_recipe_is_refused(short, target, tmp_path, monkeypatch):
+    config = dataclasses.replace(short["eagle3"], out=str(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "_step", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(config, target, TOKENIZER)
+    with pytest.raises(ValueError, match="The recipe differs from .*config.json; resume with the recipe"):
+        train(dataclasses.replace(config, lr=1e-4), target, TOKENIZER, resume=True)
+    with pytest.raises(ValueError, match="already holds a run; go on with --resume, or choose another"):
+        train(config, target, TOKENIZER)
+    train(config, target, TOKENIZER, resume=True)
+
+
+def test_nothing_to_resume_is_one_sentence(short, target, tmp_path):
+    with pytest.raises(ValueError, match="No checkpoint.pt in .*; there is nothing to resume"):
+        train(dataclasses.replace(short["eagle3"], out=str(tmp_path / "run")), target, TOKENIZER, resume=True)
+
+
+def test_finished_run_is_not_overwritten(recipe, target, trained):
+    final, _ = trained
+    config = dataclasses.replace(recipe, out=str(final.parent))
+    before = (final / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(config, target, TOKENIZER)
+    assert (final / "model.safetensors").read_bytes() == before
+
+
+# ---------------------------------------------------------------- what it leaves
+
+
+def test_run_folder(recipe, trained, data):
+    final, reports = trained
+    assert sorted(path.name for path in final.parent.iterdir()) == ["config.json", "final", "metrics.jsonl"]
+    assert sorted(path.name for path in final.iterdir()) == ["config.json", "model.safetensors", "provenance.json"]
+    config = dataclasses.replace(recipe, out=str(final.parent))
+    assert (final.parent / "config.json").read_text() == to_json(config)
+    lines = (final.parent / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [dataclasses.asdict(report) for report in reports]
+    assert {t.dtype for t in load_file(final / "model.safetensors").values() if t.is_floating_point()} == {
+        torch.bfloat16
+    }
+
+
+def test_provenance_says_what_made_the_draft(recipe, trained, data):
+    final, reports = trained
+    said = json.loads((final / "provenance.json").read_text())
+    assert said["recipe"] == json.loads(to_json(dataclasses.replace(recipe, out=str(final.parent))))
+    assert said["supervised_tokens_seen"] == reports[-1].tokens_seen
+    assert said["num_documents"] == len(ROWS)
+    assert said["skipped"] == {"no messages, or prompt and response": 1}
+    assert said["torch"] == torch.__version__
+    assert {"argv", "commit", "dirty", "python", "transformers"} <= said.keys()
+    assert said["data_sha256"] == hashlib.sha256(Path(data).read_bytes()).hexdigest()
+
+
+# ---------------------------------------------------------------- what it is worth
+
+
+def tau(target, draft: DraftModel) -> float:
+    stats = Stats()
+    decoder = Decoder(target, TreeDrafter(draft, target), TOKENIZER, TreeConfig(nodes=5, depth=4, topk=1))
+    results = decoder.generate(PROMPTS, SamplingConfig(max_new_tokens=40), stats=stats)
+    assert [result.text for result in results] == [row["response"] for row in ROWS]
+    return stats.mean_acceptance_length
+
+
+def test_trained_draft_is_accepted(recipe, target, trained, halfway):
+    """Chains of four on the training prompts."""
+    corpus = read_corpus(recipe.data, TOKENIZER, max_length=64)
+    untrained = tau(target, new_eagle3(recipe, target, corpus).eval())
+    half, full = tau(target, DraftModel.load(halfway)), tau(target, DraftModel.load(trained[0]))
+    assert untrained < 1.2 < half < full
+    assert full > 3
+
+
+def test_training_accuracy_is_the_decoders_acceptance(target, halfway):
+    """On the target's own greedy text, the share of rows that step 0 gets right is the share of rounds, one begun at
+    every place of that text, whose first drafted token is accepted."""
+    draft = DraftModel.load(halfway)
+    prompts = [*PROMPTS, *([*prompt, *b"the "] for prompt in PROMPTS)]  # some texts that training did not have
+    greedy = Decoder(target, None).generate(prompts, SamplingConfig(max_new_tokens=25, ignore_eos=True))
+    decoder = Decoder(target, TreeDrafter(draft, target), tree=TreeConfig(nodes=2, depth=1, topk=1))
+    hits, rounds, expected = 0, 0, 0.0
+    for prompt, answer in zip(prompts, greedy, strict=True):
+        tokens = [*prompt, *answer.token_ids]
+        assert draft.t2d[answer.token_ids].all()
+        spans = [0] * len(prompt) + [1] * len(answer.token_ids)
+        batch = Batch(torch.tensor([tokens]), torch.tensor([spans]), [len(tokens)])
+        result = losses(draft, target, batch, ttt_steps=1, step_decay=1.0)
+        expected += result.accuracy[0].item() * result.num_supervised
+
+        prefixes = [tokens[: i + 1] for i in range(len(prompt) - 1, len(tokens) - 2)]
+        stats = Stats()
+        decoder.generate(prefixes, SamplingConfig(max_new_tokens=3, ignore_eos=True), stats=stats)
+        hits += sum(accepted[0] for accepted in stats.round_accepted)
+        rounds += len(prefixes)
+    assert rounds == 12 * 24
+    assert 0.2 < expected / rounds < 0.8
+    assert hits / rounds == pytest.approx(expected / rounds, abs=0.01)
