@@ -33,6 +33,7 @@ app = App(
     name="confu",
     help="Lossless speculative decoding with EAGLE-3 and ConFu drafts.",
     version=__version__,
+    suppress_keyboard_interrupt=False,
     default_parameter=Parameter(
         negative="", show_default=lambda value: None if value in (None, ()) or value is False else value
     ),
@@ -103,6 +104,8 @@ def run(argv: list[str]) -> int:
         status = app(argv, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
     except KeyboardInterrupt:
+        if sys.stderr.isatty():  # the cursor may be behind ^C, or half a line
+            print(file=sys.stderr)
         return _complain("interrupted.", INTERRUPTED)
     except BrokenPipeError:  # whoever read has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -195,7 +198,7 @@ def generate(
     decoder, names = _load(terminal, draft, target, dtype, device, tree, no_draft=no_draft)
     from confu import talk
 
-    _warn_without_effect(terminal, decoder, sampling)
+    talk.warn_without_effect(terminal, decoder, sampling)
     ids = _encode(decoder, text, system, raw=raw)
     view = None
     if show_tokens or show_rejected:
@@ -206,7 +209,7 @@ def generate(
         if not terminal.json:
             terminal.say(view.legend())
     if compare:
-        talk.warm_up(decoder, ids)
+        talk.warm_up(terminal, decoder, ids)
 
     answer = talk.stream_answer(terminal, decoder, ids, sampling, view=view)
     terminal.say(summary(answer.stats, sampling.seed), style="dim")
@@ -256,15 +259,6 @@ def _encode(decoder: Decoder, text: str, system: str | None, *, raw: bool) -> li
     return encode_chat(decoder.tokenizer, [*messages, {"role": "user", "content": text}])
 
 
-def _warn_without_effect(terminal: Terminal, decoder: Decoder, sampling: SamplingConfig) -> None:
-    idle = [name for name in ("top_p", "top_k", "min_p") if getattr(sampling, name) != getattr(SAMPLING, name)]
-    if sampling.temperature == 0 and idle:
-        options = " and ".join("--" + name.replace("_", "-") for name in idle)
-        terminal.say(f"confu: without effect at temperature 0: {options}")
-    if decoder.tree.contemplate is not None and (decoder.drafter is None or decoder.drafter.contemplation is None):
-        terminal.say("confu: without effect for a draft that does not contemplate: --contemplate")
-
-
 @app.command(help_epilogue="Examples:\n\n    confu chat smollm2-135m-confu\n    confu chat lookup --temperature 0.7")
 def chat(
     draft: DraftName = None,
@@ -292,7 +286,7 @@ def chat(
     decoder, names = _load(terminal, draft, target, dtype, device, tree, no_draft=no_draft)
     from confu import talk
 
-    _warn_without_effect(terminal, decoder, sampling)
+    talk.warn_without_effect(terminal, decoder, sampling)
     if terminal.interactive:
         terminal.say(f"{names['draft']} on {names['target']}: /reset forgets, /exit or Ctrl-D leaves", style="dim")
     turns: list[dict[str, Any]] = []

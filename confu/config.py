@@ -115,7 +115,7 @@ class DraftConfig:
     replication: int = 0
     """Draft rows that one future prediction serves (l)."""
     vocabulary_fingerprint: str = ""
-    """Hash of the token counts that chose the draft vocabulary."""
+    """SHA-256 of the data files whose token counts chose the draft vocabulary."""
 
     def __post_init__(self) -> None:
         if self.method not in ("eagle3", "confu"):
@@ -198,6 +198,16 @@ class TrainConfig:
         for name in ("num_soft_prompts", "num_experts", "top_experts", "replication", "max_router_lag"):
             _at_least(self, name, 1)
         _at_least(self, "max_length", 8)
+        for name in ("lr", "lr_prompts", "lr_experts", "clip"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}; give a finite number above 0.")
+        for name in ("warmup", "step_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a number from 0 to 1.")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype is {self.dtype!r}; train in 'bfloat16' or 'float32'.")
+        if self.top_experts > self.num_experts:
+            raise ValueError(f"top_experts is {self.top_experts}, more than the {self.num_experts} experts.")
         if self.method == "confu" and self.init is None:
             raise ValueError("A confu run starts from a trained eagle3 draft; set init to its folder.")
 
@@ -249,7 +259,11 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     for kind in kinds:
         origin = getattr(kind, "__origin__", kind)
         if origin is tuple and isinstance(value, (list, tuple)):
-            return tuple(value)
+            items = kind.__args__  # (str, ...) or a fixed number of types
+            if items[-1] is Ellipsis:
+                items = (items[0],) * len(value)
+            if len(items) == len(value):
+                return tuple(_coerce(v, item, where) for v, item in zip(value, items, strict=True))
         if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
         if origin is int and isinstance(value, int) and not isinstance(value, bool):

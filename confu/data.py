@@ -11,11 +11,13 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Int
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -67,9 +69,12 @@ def read_corpus(
     """Tokenise chat JSONL files. Raises ValueError for a file that is missing or not JSONL, or when nothing is left."""
     documents, skipped, digest = [], Counter(), hashlib.sha256()
     for done, name in enumerate(files):
-        lines = _read_lines(Path(name))
+        content = _read(Path(name))
+        digest.update(content.encode())
+        lines = content.split("\n")  # not splitlines(): JSON strings may hold other line separators
         for number, line in enumerate(lines):
-            digest.update(line.encode())
+            if not line.strip():
+                continue
             if number % 200 == 0:
                 progress((done + number / len(lines)) / len(files))
             try:
@@ -95,6 +100,15 @@ def tokenize_row(row: Any, tokenizer: PreTrainedTokenizerBase, *, max_length: in
     messages = _messages(row)
     if messages is None:
         return "no messages, or prompt and response"
+    try:
+        return _tokenize(row, messages, tokenizer, max_length=max_length)
+    except TemplateError:
+        return "chat template refuses it"
+
+
+def _tokenize(
+    row: dict[str, Any], messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> Document | str:
     tokens: list[int] = []
     spans: list[int] = []
     for turn, message in enumerate(messages):
@@ -115,13 +129,15 @@ def tokenize_row(row: Any, tokenizer: PreTrainedTokenizerBase, *, max_length: in
         spans += [0] * (len(prompt) - len(spans)) + [number] * (end - len(prompt))
         tokens = whole[:end]
     tokens, spans = tokens[:max_length], spans[:max_length]
-    if sum(span > 0 for span in spans) < 2:
+    if not any(a == b > 0 for a, b in pairwise(spans)):
         return "no assistant tokens within max_length"
     return Document(torch.tensor(tokens), torch.tensor(spans))
 
 
 def batches(documents: list[Document], *, batch_tokens: int, seed: int, start: int = 0) -> Iterator[Batch]:
     """Endless batches of at most ``batch_tokens`` padded tokens, a new order every epoch, from batch ``start`` on.
+
+    A document longer than ``batch_tokens`` is a batch of its own.
 
     The order depends on ``seed`` alone, so a resumed run sees the batches it would have seen.
     """
@@ -159,11 +175,11 @@ def _epoch_plan(documents: list[Document], batch_tokens: int, generator: torch.G
     return [plan[i] for i in torch.randperm(len(plan), generator=generator).tolist()]
 
 
-def _read_lines(path: Path) -> list[str]:
+def _read(path: Path) -> str:
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except FileNotFoundError:
-        raise ValueError(f"No data file at {path}; give the path of a chat JSONL file.") from None
+        return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise ValueError(f"No data file at {path} ({error.strerror}); give the path of a chat JSONL file.") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text; give a chat JSONL file in UTF-8.") from None
 

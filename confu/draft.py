@@ -156,7 +156,9 @@ class DraftModel(nn.Module):
             name: (value.to(dtype) if value.is_floating_point() else value).contiguous().cpu()
             for name, value in self.state_dict().items()
         }
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        path = folder / "model.safetensors"
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors writes it for the owner alone
 
     @classmethod
     def load(

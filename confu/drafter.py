@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from confu.cache import KVCache
-from confu.config import TreeConfig
+from confu.config import DraftConfig, TreeConfig
 from confu.contemplate import Contemplation
 from confu.draft import DraftModel, attend
 from confu.target import Target
@@ -60,6 +60,21 @@ class Drafter(Protocol):
     def grow(self, state: Any, config: TreeConfig) -> Tree: ...
 
 
+def check_fit(config: DraftConfig, target: Target) -> None:
+    """Raise ValueError, with both values, when a draft was trained for another target than this one."""
+    for what, ours, theirs in (
+        ("vocabulary", config.vocab_size, target.vocab_size),
+        ("hidden width", config.hidden_size, target.hidden_size),
+        ("number of layers", config.num_target_layers, target.num_layers),
+        ("feature layers", config.feature_layers, target.feature_layers),
+    ):
+        if ours != theirs:
+            raise ValueError(
+                f"This draft was trained for a target with {what} {ours}, but the target has {theirs}; "
+                f"use its own target ({config.target}) or train a draft for this one."
+            )
+
+
 class TreeState:
     """KV cache of the draft layer (soft slot 0 holds the [f] row), and the root row's output, from which trees grow."""
 
@@ -83,19 +98,8 @@ class TreeDrafter:
     """The EAGLE-3 network, or ConFu's when the draft contemplates: one code path, the future row is its only branch."""
 
     def __init__(self, draft: DraftModel, target: Target) -> None:
-        config = draft.config
-        for what, ours, theirs in (
-            ("vocabulary", config.vocab_size, target.vocab_size),
-            ("hidden width", config.hidden_size, target.hidden_size),
-            ("number of layers", config.num_target_layers, target.num_layers),
-        ):
-            if ours != theirs:
-                raise ValueError(
-                    f"This draft was trained for a target with {what} {ours}, but the target has {theirs}; "
-                    f"use its own target ({config.target}) or train a draft for this one."
-                )
-        target.feature_layers = config.feature_layers
-        self.name = config.method
+        check_fit(draft.config, target)
+        self.name = draft.config.method
         self.draft, self.target = draft, target
         self.contemplation = draft.contemplation
         self._target_ids = draft.target_ids()

@@ -15,6 +15,7 @@ from confu.target import Target
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOOKUP = "lookup"
 DRAFT_MODEL = "draft-model:"
+UNREAD = (0, 0, 0)  # feature layers where no draft reads any: the embedding, which costs nothing to capture
 
 
 def load_decoder(
@@ -40,7 +41,7 @@ def load_decoder(
     is_trained = draft is not None and not _is_untrained(draft)
     network = DraftModel.load(draft_path(draft), dtype=precision, device=place) if draft and is_trained else None
     model, tokenizer = load_target_model(name, dtype=precision, device=place, progress=progress)
-    verifier = _target(model)
+    verifier = Target(model, network.config.feature_layers if network else UNREAD)
 
     drafter: Drafter | None = None
     if network is not None:
@@ -53,7 +54,7 @@ def load_decoder(
         from confu.assistant import Assistant
 
         small, _ = load_target_model(draft.removeprefix(DRAFT_MODEL), dtype=precision, device=place, progress=progress)
-        drafter = Assistant(verifier, _target(small))
+        drafter = Assistant(verifier, Target(small, UNREAD))
     return Decoder(verifier, drafter, tokenizer, tree)
 
 
@@ -105,11 +106,6 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
 def encode_raw(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text without any template; the tokenizer adds its start token, if it has one."""
     return tokenizer.encode(text)
-
-
-def _target(model) -> Target:
-    # No layer is captured in vain: a trained draft sets its own three, the other drafters read none.
-    return Target(model, feature_layers=(0, 0, 0))
 
 
 def _is_untrained(draft: str) -> bool:

@@ -61,11 +61,14 @@ def stream_answer(
         with Stages(terminal) as waiting:
             waiting.wait(f"reading {len(prompt)} tokens")
             for token in decoder.stream([prompt], sampling, session=session, stats=answer.stats):
-                waiting.close()
                 answer.tokens.append(token)
-                if shows and view is not None:
+                if not shows:
+                    waiting.wait("answering", len(answer.tokens) / sampling.max_new_tokens)
+                    continue
+                waiting.close()
+                if view is not None:
                     terminal.out.print(view.feed(token), end="")
-                elif shows:
+                else:
                     terminal.write(token.text)
     except KeyboardInterrupt:
         answer.interrupted = True
@@ -76,15 +79,28 @@ def stream_answer(
     return answer
 
 
+def warn_without_effect(terminal: Terminal, decoder: Decoder, sampling: SamplingConfig) -> None:
+    """Say which of the given settings will do nothing here."""
+    default = SamplingConfig()
+    idle = [name for name in ("top_p", "top_k", "min_p") if getattr(sampling, name) != getattr(default, name)]
+    if sampling.temperature == 0 and idle:
+        options = " and ".join("--" + name.replace("_", "-") for name in idle)
+        terminal.say(f"confu: without effect at temperature 0: {options}")
+    if decoder.tree.contemplate is not None and (decoder.drafter is None or decoder.drafter.contemplation is None):
+        terminal.say("confu: without effect for a draft that does not contemplate: --contemplate")
+
+
 def _plain(decoder: Decoder) -> Decoder:
     """The target alone in the same engine: the honest baseline."""
     return Decoder(decoder.target, None, decoder.tokenizer, decoder.tree)
 
 
-def warm_up(decoder: Decoder, ids: list[int]) -> None:
+def warm_up(terminal: Terminal, decoder: Decoder, ids: list[int]) -> None:
     """First calls prepare kernels; a comparison should not charge that to whoever goes first."""
-    for engine in (decoder, _plain(decoder)):
-        engine.generate([ids], SamplingConfig(max_new_tokens=4, ignore_eos=True))
+    with Stages(terminal) as waiting:
+        waiting.wait("warming up")
+        for engine in (decoder, _plain(decoder)):
+            engine.generate([ids], SamplingConfig(max_new_tokens=4, ignore_eos=True))
 
 
 def compare(
@@ -115,6 +131,7 @@ def compare(
 def converse(
     terminal: Terminal, decoder: Decoder, sampling: SamplingConfig, system: str | None, turns: list[dict[str, Any]]
 ) -> None:
+    """Turn by turn until the input ends; answered turns are added to ``turns``."""
     assert decoder.tokenizer is not None
     opening = [{"role": "system", "content": system}] if system is not None else []
     messages, session = list(opening), Session()
@@ -140,7 +157,7 @@ def converse(
 
 def _next_turn(terminal: Terminal) -> str | None:
     """What was typed, or None at the end of input."""
-    if terminal.interactive and sys.stdout.isatty():
+    if terminal.interactive and sys.stdout.isatty() and not terminal.json:
         import readline  # noqa: F401 (input() edits lines with it)
 
         try:
@@ -148,5 +165,7 @@ def _next_turn(terminal: Terminal) -> str | None:
         except EOFError:
             terminal.write("\n")
             return None
+    if terminal.interactive:
+        terminal.err.print("> ", end="")
     line = sys.stdin.buffer.readline()
     return decode_utf8(line, "stdin").strip() if line else None

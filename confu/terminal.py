@@ -80,10 +80,10 @@ class Stages:
             )
         self._stage = stage
 
-    def wait(self, stage: str) -> None:
+    def wait(self, stage: str, fraction: float | None = None) -> None:
         """Only where somebody watches: a stage not worth a line in a log."""
         if self.terminal.err.is_terminal:
-            self(stage, None)
+            self(stage, fraction)
 
     def close(self) -> None:
         if self._bar is not None:

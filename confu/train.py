@@ -10,8 +10,10 @@ import dataclasses
 import json
 import math
 import platform
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from confu.config import DraftConfig, TrainConfig, to_json
 from confu.data import Corpus, batches, read_corpus
 from confu.draft import DraftModel
+from confu.drafter import check_fit
 from confu.models import draft_path
 from confu.objective import Losses, losses
 from confu.target import Target
@@ -73,38 +76,39 @@ def train(
     # 2. draft
     draft = _start_draft(config, target, corpus).to(target.device)
     optimizer = torch.optim.AdamW(_parameter_groups(draft, config), betas=(0.9, 0.95), weight_decay=0.0)
-    first_step, tokens_seen = 0, 0
+    done, tokens_seen = 0, 0
+    window: list[Losses] = []  # since the last report
     if state is not None:
         draft.load_state_dict(state["draft"])
         optimizer.load_state_dict(state["optimizer"])
-        first_step, tokens_seen = state["step"], state["tokens_seen"]
+        done, tokens_seen = state["step"], state["tokens_seen"]
+        window = [Losses(*values) for values in state["window"]]
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(to_json(config), encoding="utf-8")
-    metrics = _open_metrics(out / "metrics.jsonl", first_step)
+    metrics = _open_metrics(out / "metrics.jsonl", done)
 
     # 3. loop
-    window: list[Losses] = []
     started = time.perf_counter()
-    data = batches(corpus.documents, batch_tokens=config.batch_tokens, seed=config.seed, start=first_step)
+    data = batches(corpus.documents, batch_tokens=config.batch_tokens, seed=config.seed, start=done)
     draft.train()
-    step = first_step
     try:
-        for step in range(first_step, config.steps):
+        for step in range(done, config.steps):
             _set_learning_rates(optimizer, config, step)
-            window.append(_step(draft, target, optimizer, config, step, next(data)))
-            tokens_seen += window[-1].num_supervised
-            done = step + 1
+            with _Uninterrupted():
+                window.append(_step(draft, target, optimizer, config, step, next(data)))
+                tokens_seen += window[-1].num_supervised
+                done = step + 1
             if done % config.log_every == 0 or done == config.steps:
                 seconds = time.perf_counter() - started
                 report = _summary(window, done, tokens_seen, seconds)
+                window, started = [], time.perf_counter()
                 metrics.write(json.dumps(dataclasses.asdict(report)) + "\n")
                 metrics.flush()
                 on_report(report)
-                window, started = [], time.perf_counter()
             if done % config.checkpoint_every == 0 and done < config.steps:
-                _checkpoint(out, draft, optimizer, done, tokens_seen)
+                _checkpoint(out, draft, optimizer, done, tokens_seen, window)
     except KeyboardInterrupt:
-        _checkpoint(out, draft, optimizer, step, tokens_seen)  # a step interrupted midway has not changed the weights
+        _checkpoint(out, draft, optimizer, done, tokens_seen, window)
         raise
     finally:
         metrics.close()
@@ -151,12 +155,7 @@ def _start_draft(config: TrainConfig, target: Target, corpus: Corpus) -> DraftMo
     if config.init is None:
         return new_eagle3(config, target, corpus)
     source = DraftModel.load(draft_path(config.init))
-    if source.config.hidden_size != target.hidden_size or source.config.vocab_size != target.vocab_size:
-        raise ValueError(
-            f"{config.init} was trained for width {source.config.hidden_size} and {source.config.vocab_size} tokens, "
-            f"the target has {target.hidden_size} and {target.vocab_size}; start from a draft of this target."
-        )
-    target.feature_layers = source.config.feature_layers
+    check_fit(source.config, target)
     if config.method == source.config.method:
         return source
     if config.method == "eagle3":
@@ -298,12 +297,39 @@ def _summary(window: list[Losses], step: int, tokens_seen: int, seconds: float) 
     )
 
 
-def _checkpoint(out: Path, draft: DraftModel, optimizer: torch.optim.Optimizer, step: int, tokens_seen: int) -> None:
+class _Uninterrupted:
+    """Ctrl-C waits for the end of the step, so that a checkpoint never holds half an update."""
+
+    def __enter__(self) -> None:
+        self.requested = False
+        self.main = threading.current_thread() is threading.main_thread()
+        if self.main:
+            self.previous = signal.signal(signal.SIGINT, self._note)
+
+    def __exit__(self, *error: object) -> None:
+        if self.main:
+            signal.signal(signal.SIGINT, self.previous)
+        if self.requested:
+            raise KeyboardInterrupt
+
+    def _note(self, *_: object) -> None:
+        self.requested = True
+
+
+def _checkpoint(
+    out: Path,
+    draft: DraftModel,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    tokens_seen: int,
+    window: list[Losses],
+) -> None:
     state = {
         "draft": draft.state_dict(),
         "optimizer": optimizer.state_dict(),
         "step": step,
         "tokens_seen": tokens_seen,
+        "window": [(w.total, w.kl, w.accuracy, w.num_supervised) for w in window],
     }
     partial = out / "checkpoint.tmp"
     torch.save(state, partial)
@@ -313,7 +339,8 @@ def _checkpoint(out: Path, draft: DraftModel, optimizer: torch.optim.Optimizer, 
 def _resume_state(out: Path, config: TrainConfig, resume: bool) -> dict[str, Any] | None:
     path = out / "checkpoint.pt"
     if not resume:
-        if (out / "config.json").exists():
+        # A run that ended before its first checkpoint left nothing to go on from, nor to lose.
+        if path.exists() or (out / "final").exists():
             raise ValueError(f"{out} already holds a run; go on with --resume, or choose another out folder.")
         return None
     if not path.exists():
@@ -326,7 +353,8 @@ def _resume_state(out: Path, config: TrainConfig, resume: bool) -> dict[str, Any
 def _open_metrics(path: Path, first_step: int) -> Any:
     """Append, after dropping the lines of steps that will be done again."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= first_step]
+    # A line cut short by a kill does not end in a brace.
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first_step]
     file = path.open("w", encoding="utf-8")
     file.writelines(line + "\n" for line in kept)
     return file

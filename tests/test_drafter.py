@@ -1,5 +1,7 @@
 """The EAGLE-3 and ConFu drafter against METHOD 3 and 4 written out row by row, alone and inside the decode loop."""
 
+from itertools import pairwise
+
 import naive
 import pytest
 import torch
@@ -155,9 +157,7 @@ def test_every_round_is_the_method_written_out(model8, target8, drafters8, metho
     recorder = Recorder(drafters8[method].draft, target8)
     config = TreeConfig(nodes=nodes, depth=depth, topk=topk, contemplate=con)
     (result,) = Decoder(target8, recorder, tree=config).generate([prompt], SamplingConfig(max_new_tokens=24))
-    history = naive.decode(
-        model8, recorder.draft, prompt, rounds=6, depth=depth, topk=topk, nodes=nodes, con=con
-    )
+    history = naive.decode(model8, recorder.draft, prompt, rounds=6, depth=depth, topk=topk, nodes=nodes, con=con)
     tokens = [token for entry in history for token in entry["tokens"]]
     assert result.token_ids[: len(tokens)] == tokens[:24] == naive.greedy(model8, prompt, len(tokens))[:24]
     told = recorder.accepted[1:] if len(prompt) > 1 else recorder.accepted
@@ -220,7 +220,9 @@ def test_a_batch_drafts_like_its_sequences_alone(target8, drafters8):
 
     def run(prompts, **sampling):
         recorder = Recorder(drafters8["confu"].draft, target8)
-        results = Decoder(target8, recorder, tree=config).generate(prompts, SamplingConfig(max_new_tokens=12, **sampling))
+        results = Decoder(target8, recorder, tree=config).generate(
+            prompts, SamplingConfig(max_new_tokens=12, **sampling)
+        )
         return recorder, results
 
     together, results = run(prompts)
@@ -257,7 +259,7 @@ def test_the_nearest_contemplated_ancestor_tells_the_future(data, batch, num_nod
         line = [data.draw(st.integers(0, num_nodes - 1))]
         while line[0] != 0:
             line.insert(0, parents[b][line[0]])
-        for node, child in zip(line, line[1:], strict=False):
+        for node, child in pairwise(line):
             drawn[b, node] = child
         lines.append(line)
     step = walk(tree, drawn)

@@ -360,9 +360,7 @@ def test_real_default_target_answers(monkeypatch):
     model, tokenizer = load_target_model(DEFAULT_TARGET, dtype=torch.bfloat16, device="cpu")
     assert models._is_intact(Path(target_path(DEFAULT_TARGET)))
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    inputs = tokenizer.apply_chat_template(
-        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     answer = output[0, inputs["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(answer)

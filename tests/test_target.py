@@ -82,7 +82,9 @@ def test_literal_masks_and_positions(target, eager, contemplation, attention):
     cache, _ = prefilled(used, PROMPTS, contemplation)
     passed = {}
     hooks = [
-        layer.register_forward_pre_hook(lambda module, args, kwargs, i=i: passed.__setitem__(i, kwargs), with_kwargs=True)
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs, i=i: passed.__setitem__(i, kwargs), with_kwargs=True
+        )
         for i, layer in enumerate(used.model.model.layers)
     ]
     out = used.verify(cache, small_tree(), contemplation, num_con=2, router_state=routers())
@@ -255,7 +257,13 @@ def test_end_of_sequence_ids(model, monkeypatch):
 def test_learned_positions_survive_nodes_past_the_end(contemplation):
     """A tree at the end of the context has nodes, and contemplate rows, that no position table knows."""
     config = transformers.GPT2Config(
-        vocab_size=64, n_positions=8, n_embd=naive.HIDDEN, n_layer=naive.LAYERS, n_head=2, bos_token_id=0, eos_token_id=0
+        vocab_size=64,
+        n_positions=8,
+        n_embd=naive.HIDDEN,
+        n_layer=naive.LAYERS,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     target = Target(transformers.GPT2LMHeadModel(config))
     contemplation = copy.deepcopy(contemplation)

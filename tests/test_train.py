@@ -172,7 +172,7 @@ def test_confu_starts_as_its_eagle3_draft(recipe, target, halfway):
 def test_start_from_a_wrong_draft_is_refused(recipe, target, tmp_path):
     tiny_draft("eagle3").save(tmp_path / "other")  # 64 tokens
     config = dataclasses.replace(confu(recipe, tmp_path / "other"), out=str(tmp_path / "run"))
-    with pytest.raises(ValueError, match=f"trained for width 48 and 64 tokens, the target has 48 and {VOCAB}"):
+    with pytest.raises(ValueError, match=f"vocabulary 64, but the target has {VOCAB}"):
         train(config, target, TOKENIZER)
     corpus = read_corpus(recipe.data, TOKENIZER, max_length=64)
     source = new_eagle3(recipe, target, corpus)

@@ -34,9 +34,7 @@ def grown(seeds, *, depth: int, topk: int, nodes: int, width: int, coarse: bool 
         scores, parents = frontier.scores, frontier.candidates
         frontier_paths = [
             [(*frontier_paths[b][origin], token) for origin, token in zip(origins, tokens, strict=True)]
-            for b, (origins, tokens) in enumerate(
-                zip(frontier.origin.tolist(), frontier.tokens.tolist(), strict=True)
-            )
+            for b, (origins, tokens) in enumerate(zip(frontier.origin.tolist(), frontier.tokens.tolist(), strict=True))
         ]
     return candidates.prune(torch.arange(batch) + 1000, nodes)
 

@@ -35,9 +35,7 @@ def trees(draw, num_tokens: int = 5, max_batch: int = 3) -> Tree:
             parents.append(parent)
         spare = num_nodes - len(tokens)
         padding = draw(st.integers(0, num_tokens - 1))
-        columns.append(
-            ([*tokens, *[padding] * spare], [*parents, *[0] * spare], [*scores, *[-math.inf] * spare])
-        )
+        columns.append(([*tokens, *[padding] * spare], [*parents, *[0] * spare], [*scores, *[-math.inf] * spare]))
     tokens, parents, scores = zip(*columns, strict=True)
     return from_parents(torch.tensor(tokens), torch.tensor(parents), torch.tensor(scores))
 
@@ -153,7 +151,7 @@ def test_repetition_penalty_reads_each_nodes_own_prefix(tree, data, penalty):
 
 # ---------------------------------------------------------------- the law of whole answers
 
-PROMPT, LENGTH, BATCH, CALLS = (1, 5, 2), 4, 1000, 2
+PROMPT, LENGTH, BATCH, CALLS = (1, 5, 2), 4, 800, 2
 
 
 def fit(counts: Counter, law: dict) -> float:
