@@ -83,6 +83,7 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         done, tokens_seen = state["step"], state["tokens_seen"]
         window = [Losses(*values) for values in state["window"]]
+    origin = provenance(config, corpus)  # now: the checkout may change while the run goes on
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(to_json(config), encoding="utf-8")
     metrics = _open_metrics(out / "metrics.jsonl", done)
@@ -117,7 +118,7 @@ def train(
     final = out / "final"
     draft.eval().save(final)
     (final / "provenance.json").write_text(
-        json.dumps(provenance(config, corpus, tokens_seen), indent=2) + "\n", encoding="utf-8"
+        json.dumps(origin | {"supervised_tokens_seen": tokens_seen}, indent=2) + "\n", encoding="utf-8"
     )
     (out / "checkpoint.pt").unlink(missing_ok=True)
     return final
@@ -360,8 +361,8 @@ def _open_metrics(path: Path, first_step: int) -> Any:
     return file
 
 
-def provenance(config: TrainConfig, corpus: Corpus, tokens_seen: int) -> dict[str, Any]:
-    """What made a draft: recipe, commit, versions, data hash, seed, amount of data."""
+def provenance(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
+    """What makes a draft: recipe, commit, versions, data hash, seed, amount of data."""
     import transformers
 
     def git(*args: str) -> str:
@@ -378,6 +379,5 @@ def provenance(config: TrainConfig, corpus: Corpus, tokens_seen: int) -> dict[st
         "data_sha256": corpus.fingerprint,
         "num_documents": len(corpus.documents),
         "skipped": dict(corpus.skipped),
-        "supervised_tokens_seen": tokens_seen,
         "recipe": dataclasses.asdict(config),
     }
