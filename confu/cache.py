@@ -45,6 +45,11 @@ class KVCache(Cache):
     def batch_size(self) -> int:
         return len(self.lengths)
 
+    @property
+    def whole(self) -> bool:
+        """False after an interrupt in the middle of `select`."""
+        return self.keys.shape[1] == self.values.shape[1] == len(self.lengths)
+
     def lengths_tensor(self) -> Int[Tensor, " B"]:
         return torch.tensor(self.lengths, device=self.keys.device)
 

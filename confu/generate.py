@@ -66,11 +66,19 @@ class Session:
     cache: KVCache | None = None
     state: Any = None
     tokens: list[list[int]] = field(default_factory=list)
+    drafter: Drafter | None = None
+
+    def fits(self, num_prompts: int, drafter: Drafter | None) -> bool:
+        """Whether the caches serve this drafter and so many sequences. An interrupt may have left them half made."""
+        if self.cache is None or not self.cache.whole or self.drafter is not drafter:
+            return False
+        states = [self.tokens, self.cache.lengths, *([self.state.lengths] if self.state is not None else [])]
+        return (drafter is None) == (self.state is None) and all(len(state) == num_prompts for state in states)
 
     def reusable(self, prompts: Sequence[Sequence[int]]) -> list[int]:
         """How many leading tokens of each prompt both caches hold. The draft's row i also read token i+1, and the last
         two prompt tokens always run again: the one that routes the contemplate row and the one that carries it."""
-        if self.cache is None or len(prompts) != len(self.tokens):
+        if self.cache is None:
             return [0] * len(prompts)
         kept = []
         draft_lengths = self.state.lengths if self.state is not None else self.cache.lengths
@@ -193,13 +201,16 @@ class Decoder:
 
     def _prefill(self, session: Session, prompts: Sequence[Sequence[int]], stats: Stats) -> Float[Tensor, "B D3"]:
         """Bring every prompt but its last token into both caches; returns h of the last one, or zeros if none ran."""
-        reused = session.reusable(prompts)
-        contemplation = self.drafter.contemplation if self.drafter else None
-        capacity = max(map(len, prompts)) + 2 * self.tree.nodes + 64
-        if session.cache is None or len(session.tokens) != len(prompts):
+        if not session.fits(len(prompts), self.drafter):
+            contemplation = self.drafter.contemplation if self.drafter else None
+            capacity = max(map(len, prompts)) + 2 * self.tree.nodes + 64
             session.cache = self.target.new_cache(len(prompts), capacity, contemplation)
             session.state = self.drafter.new_state(len(prompts), capacity) if self.drafter else None
+            session.tokens = [[] for _ in prompts]
+            session.drafter = self.drafter
         cache, state = session.cache, session.state
+        assert cache is not None
+        reused = session.reusable(prompts)
         cache.truncate(reused)
         if state is not None:
             state.truncate(reused)
@@ -229,6 +240,12 @@ class Decoder:
         for number, prompt in enumerate(prompts):
             if not prompt:
                 raise ValueError(f"Prompt {number} has no tokens; give at least one.")
+            foreign = next((token for token in prompt if not 0 <= token < self.target.vocab_size), None)
+            if foreign is not None:
+                raise ValueError(
+                    f"Prompt {number} holds token id {foreign}, but the target knows 0 to "
+                    f"{self.target.vocab_size - 1}; encode it with the target's own tokenizer."
+                )
             if len(prompt) >= self.target.max_positions:
                 raise ValueError(
                     f"Prompt {number} has {len(prompt)} tokens, but the target's context is "

@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, N tree nodes, C contemplate rows, D hidden width, V v
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,7 +140,7 @@ class Target:
         assert router_state is not None
         con_nodes = tree.most_probable(num_con)
         con = contemplation.con(router_state).to(embeddings.dtype)[:, None].expand(-1, con_nodes.shape[1], -1)
-        con_positions = positions.gather(1, con_nodes) + 1
+        con_positions = (positions.gather(1, con_nodes) + 1).clamp(max=self.max_positions - 1)
         rows = tree_rows_mask(tree.ancestors, con_nodes)
         is_con = torch.arange(rows.shape[1], device=self.device).expand(rows.shape[:2]) >= num_nodes
         cache.open_rows(rows.shape[1], with_soft=True)
@@ -228,6 +229,13 @@ def _refuse_unsupported(model: PreTrainedModel, config: Any) -> None:
             f"{name} has layers of type {', '.join(sorted(kinds - {'full_attention'}))}; "
             "only full attention can read a tree in one forward."
         )
+    if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
+        raise ValueError(
+            f"{name} attends to a sliding window of {config.sliding_window} tokens; "
+            "only full attention can read a tree in one forward."
+        )
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise ValueError(f"{name} takes no position_ids; a tree needs explicit positions for its nodes.")
     if config._attn_implementation not in ("sdpa", "eager"):
         raise ValueError(
             f"{name} is loaded with attention {config._attn_implementation!r}, which takes no tree mask; "

@@ -17,7 +17,8 @@ class TextStream:
         self.stopped = False
         self._ids: list[int] = []
         self._start = 0  # ids before this are out of reach: their text can no longer change
-        self._done = 0  # ids before this have been turned into text
+        self._clean = 0  # ids before this end at a character's end
+        self._shown = 0  # characters of the text from `_start` on that are already turned into pieces
         self._held = ""
 
     def push(self, token_id: int) -> str:
@@ -31,20 +32,22 @@ class TextStream:
         """What was held back, at the end of the answer."""
         if self.tokenizer is None or self.stopped:
             return ""
-        text = self._held + self._new_text(final=True)
-        self._held = ""
-        return text
+        piece = self._release(self._new_text(final=True))
+        held, self._held = self._held, ""
+        return piece if self.stopped else piece + held
 
     def _new_text(self, *, final: bool = False) -> str:
-        """Text of the ids not yet turned into text; empty while it ends in an incomplete character.
+        """Text not yet turned into pieces, up to an incomplete character.
 
-        The ids just before are decoded along, because a tokenizer may join neighbours (leading spaces)."""
-        before = self._decode(self._ids[self._start : self._done])
-        after = self._decode(self._ids[self._start :])
-        if after.endswith("\ufffd") and not final and len(self._ids) - self._done < 8:
-            return ""
-        self._start, self._done = self._done, len(self._ids)
-        return after[len(before) :]
+        Some ids before are decoded along, because a tokenizer may join neighbours (leading spaces)."""
+        text = self._decode(self._ids[self._start :])
+        certain = text if final else text.rstrip("\ufffd")
+        new = certain[self._shown :]
+        self._shown = max(self._shown, len(certain))
+        if new and len(certain) == len(text):
+            self._start, self._clean = self._clean, len(self._ids)
+            self._shown = len(self._decode(self._ids[self._start :]))
+        return new
 
     def _release(self, piece: str) -> str:
         text = self._held + piece

@@ -70,7 +70,9 @@ class Sampler:
         if self.config.temperature == 0:
             return logits.argmax(dim=-1)
         probs = self.probabilities(logits)
-        uniform = torch.stack([torch.rand(probs.shape[1], generator=g, dtype=torch.float64) for g in self.generators])
+        uniform = torch.zeros(probs.shape[:2], dtype=torch.float64)
+        for row, count, generator in zip(uniform, tree.valid.sum(1).tolist(), self.generators, strict=True):
+            row[:count] = torch.rand(count, generator=generator, dtype=torch.float64)  # padding draws nothing
         return invert_cdf(probs, uniform.to(probs.device))
 
     def probabilities(self, logits: Float[Tensor, "B N V"]) -> Float[Tensor, "B N V"]:

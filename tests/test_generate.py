@@ -1,5 +1,6 @@
 """The decode loop: exact text for every tree, cut, session and interruption, and honest numbers about it."""
 
+import dataclasses
 import sys
 
 import naive
@@ -449,7 +450,7 @@ def test_prefill_in_chunks_changes_nothing(target, drafters, monkeypatch, chunk)
         session, stats = Session(), Stats()
         decoder = Decoder(target, drafters["confu"], tree=TREE)
         results = decoder.generate(prompts, sampling, session=session, stats=stats)
-        session = Session(session.cache, session.state, [list(tokens) for tokens in session.tokens])
+        session = dataclasses.replace(session, tokens=[list(tokens) for tokens in session.tokens])
         turn = decoder.generate([[*p, 8, 8, 8] for p in prompts], sampling, session=session)
         return [*results, *turn], stats
 
