@@ -69,7 +69,7 @@ def target_path(name_or_path: str, *, progress: Progress | None = None) -> str:
     if _is_hub_id(name_or_path):
         return name_or_path
     raise ValueError(
-        f"target {name_or_path!r} is not known: give {DEFAULT_TARGET!r}, a folder that holds a config.json, "
+        f"model {name_or_path!r} is not known: give {DEFAULT_TARGET!r}, a folder that holds a config.json, "
         "or a Hub id of the form 'org/name'."
     )
 

@@ -194,7 +194,7 @@ ERRORS = [
     ("generate confu --prompt", "--prompt"),
     ("generate confu --prompt x --dtype int8", "give auto, float32, bfloat16, float16"),
     ("generate confu --prompt x --device cuda:9", "device 'cuda:9' is not here"),
-    ("generate confu --prompt x --target nosuch", "target 'nosuch' is not known"),
+    ("generate confu --prompt x --target nosuch", "model 'nosuch' is not known"),
     ("generate confu --prompt x --no-draft --compare", "leave out --no-draft"),
     ("generate confu --prompt x --raw --system y", "leave out --raw"),
     ("generate confu --prompt x --file y", "leave out one"),
