@@ -3,7 +3,8 @@
     python benchmarks/table.py            # rewrite the files
     python benchmarks/table.py --check    # exit 1 when a file does not show today's rows
 
-A marker pair reads ``<!-- tau:NAME -->`` ... ``<!-- /tau -->`` and is filled from benchmarks/results/NAME.
+``<!-- tau:NAME -->`` ... ``<!-- /tau -->`` is filled from benchmarks/results/NAME, and
+``<!-- runs:A,B,... -->`` ... ``<!-- /runs -->`` from benchmarks/results/training/A.jsonl and the others.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-MARKED = re.compile(r"(<!-- tau:([\w-]+) -->\n).*?(<!-- /tau -->)", re.DOTALL)
+RESULTS = ROOT / "benchmarks" / "results"
+TAU = re.compile(r"(<!-- tau:([\w-]+) -->\n).*?(<!-- /tau -->)", re.DOTALL)
+RUNS = re.compile(r"(<!-- runs:([\w,-]+) -->\n).*?(<!-- /runs -->)", re.DOTALL)
 
 
 def main() -> int:
     stale = []
     for path in (ROOT / "README.md", ROOT / "docs" / "log.md"):
         old = path.read_text(encoding="utf-8")
-        new = MARKED.sub(lambda found: found[1] + table(ROOT / "benchmarks" / "results" / found[2]) + found[3], old)
+        new = TAU.sub(lambda found: found[1] + table(RESULTS / found[2]) + found[3], old)
+        new = RUNS.sub(lambda found: found[1] + runs(found[2].split(",")) + found[3], new)
         if new != old:
             stale.append(path)
             if "--check" not in sys.argv:
@@ -37,7 +41,7 @@ def main() -> int:
 
 def table(folder: Path) -> str:
     """tau by method and category, pooled over rounds, with a 95 % bootstrap interval over prompts."""
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(folder / "rows.jsonl")
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     methods = [m for m in run["drafts"] if any(r["method"] == m for r in rows)]
     categories = sorted({r["category"] for r in rows})
@@ -59,6 +63,28 @@ def table(folder: Path) -> str:
         f"{run['commit'][:10]}{' (modified)' if run['dirty'] else ''}, {run['date']}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def runs(names: list[str]) -> str:
+    """KL and accuracy of the first and the fourth draft step in training runs, averaged over a quarter of the steps
+    that all of them reached. Runs of one table see the same batches, so they may be compared pair by pair."""
+    reports = {name: read_rows(RESULTS / "training" / f"{name}.jsonl") for name in names}
+    last = min(rows[-1]["step"] for rows in reports.values())
+    lines = [
+        "| run | steps | loss | KL, step 1 | KL, step 4 | accuracy, step 1 | accuracy, step 4 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for quarter in (1, 2, 3, 4):
+        for name, rows in reports.items():
+            mine = [r for r in rows if last * (quarter - 1) / 4 < r["step"] <= last * quarter / 4]
+            numbers = [(r["loss"], r["kl"][0], r["kl"][3], r["accuracy"][0], r["accuracy"][3]) for r in mine]
+            cells = " | ".join(f"{sum(column) / len(column):.3f}" for column in zip(*numbers, strict=True))
+            lines.append(f"| {name} | {mine[0]['step']} to {mine[-1]['step']} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def tau(rows: list[dict[str, Any]]) -> float:
