@@ -19,7 +19,7 @@ from confu.config import DraftConfig, TreeConfig
 from confu.contemplate import Contemplation
 from confu.draft import DraftModel, attend
 from confu.target import Target
-from confu.tree import Candidates, Frontier, Tree
+from confu.tree import Candidates, Frontier, Tree, take
 
 
 @dataclass(frozen=True)
@@ -137,15 +137,15 @@ class TreeDrafter:
         state.has_future = accepted.future is not None
         if accepted.future is not None and accepted.anchors is not None:
             anchor = accepted.anchors[:, None]
-            keys, values = draft.future_row(accepted.future[:, None], _take(fused, anchor), positions.gather(1, anchor))
+            keys, values = draft.future_row(accepted.future[:, None], take(fused, anchor), positions.gather(1, anchor))
             cache.write_soft(keys[None], values[None])
 
         cache.open_rows(num_rows, with_soft=state.has_future)
         keys, values = cache.update(*draft.keys_values(row, positions), 0)
         visible = torch.arange(num_rows, device=device) <= last[:, :, None]  # [B, 1, M]
-        queries = draft.queries(_take(row, last), positions.gather(1, last))
+        queries = draft.queries(take(row, last), positions.gather(1, last))
         attended = attend(queries, keys, values, self._mask(state, visible))
-        state.out = draft.finish(_take(fused, last), attended)[:, 0]
+        state.out = draft.finish(take(fused, last), attended)[:, 0]
         state.root = accepted.next_tokens
         cache.advance(counts)
 
@@ -166,7 +166,7 @@ class TreeDrafter:
             if level > 0:
                 reach = reach.gather(1, frontier.origin[:, :, None].expand(-1, -1, reach.shape[2]))
             reach = torch.cat([reach, itself], dim=2)
-            hidden = _take(out, frontier.origin)
+            hidden = take(out, frontier.origin)
             out = self._step(state, frontier, hidden, positions + level, reach)
             frontier = candidates.add_level(
                 self._log_probs(out), self._target_ids, frontier.scores, frontier.candidates
@@ -196,7 +196,3 @@ class TreeDrafter:
 
     def _log_probs(self, out: Float[Tensor, "B R D"]) -> Float[Tensor, "B R U"]:
         return self.draft.logits(out).float().log_softmax(dim=-1)
-
-
-def _take(rows: Float[Tensor, "B R W"], index: Int[Tensor, "B I"]) -> Float[Tensor, "B I W"]:
-    return rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2]))

@@ -24,7 +24,7 @@ from confu.drafter import Accepted, Drafter
 from confu.stats import Stats
 from confu.target import Target, Verified
 from confu.text import TextStream
-from confu.tree import Tree, root_only
+from confu.tree import Tree, root_only, take
 from confu.verify import Sampler, Walk, walk
 
 PREFILL_CHUNK = 1024
@@ -159,9 +159,9 @@ class Decoder:
 
             # 3. both caches keep the accepted path; the f of its last contemplated node feeds the next tree
             clock = time.perf_counter()
-            features = _rows(verified.features, step.path)
+            features = take(verified.features, step.path)
             last = self._tensor(step.counts)[:, None] - 1
-            router_state = _rows(features, last)[:, 0]
+            router_state = take(features, last)[:, 0]
             cache.keep(step.path, step.counts)
             if self.drafter is not None:
                 self.drafter.commit(state, _accepted(round_tokens, step, features, verified))
@@ -230,7 +230,7 @@ class Decoder:
             if self.drafter is not None:
                 self.drafter.commit(state, Accepted(tokens, counts, following, features))
             count = self._tensor(counts)[:, None]
-            router_state = torch.where(count > 0, _rows(features, (count - 1).clamp(min=0))[:, 0], router_state)
+            router_state = torch.where(count > 0, take(features, (count - 1).clamp(min=0))[:, 0], router_state)
             session.tokens = [[*old, *piece] for old, piece in zip(session.tokens, pieces, strict=True)]
         return router_state
 
@@ -299,7 +299,7 @@ class _Running:
         width = round_tokens.shape[1]
         at = (self.decoder._tensor(step.counts) - 1)[:, None]
         drawn = round_tokens.roll(-1, dims=1).scatter(1, at, step.bonus[:, None])  # token drawn at each path node
-        logprobs = _rows(logits, step.path).log_softmax(dim=-1).gather(2, drawn[:, :, None])[:, :, 0].tolist()
+        logprobs = take(logits, step.path).log_softmax(dim=-1).gather(2, drawn[:, :, None])[:, :, 0].tolist()
         rejected = _best_untaken(tree, step) if is_round else [()] * len(step.counts)
         tokens: list[Token] = []
         for row, (ids, count) in enumerate(zip(drawn.tolist(), step.counts, strict=True)):
@@ -361,7 +361,7 @@ def _accepted(round_tokens: Tensor, step: Walk, features: Tensor, verified: Veri
     order = torch.arange(1, matches.shape[1] + 1, device=device)
     chosen = (matches.any(2) * order).argmax(1)[:, None]
     anchors = matches.gather(1, chosen[:, :, None].expand(-1, -1, matches.shape[2])).float().argmax(2)[:, 0]
-    return Accepted(round_tokens, step.counts, step.bonus, features, _rows(verified.future, chosen)[:, 0], anchors)
+    return Accepted(round_tokens, step.counts, step.bonus, features, take(verified.future, chosen)[:, 0], anchors)
 
 
 def _best_untaken(tree: Tree, step: Walk) -> list[tuple[int, ...]]:
@@ -381,7 +381,3 @@ def _best_untaken(tree: Tree, step: Walk) -> list[tuple[int, ...]]:
         on_path = (tree.ancestors[row, best] & below[row]).nonzero()[:, 0]
         paths.append(tuple(tree.tokens[row, on_path].tolist()))
     return paths
-
-
-def _rows(states: Float[Tensor, "B N W"], index: Int[Tensor, "B M"]) -> Float[Tensor, "B M W"]:
-    return states.gather(1, index[:, :, None].expand(-1, -1, states.shape[2]))

@@ -20,6 +20,7 @@ from confu.contemplate import Contemplation
 from confu.data import Batch
 from confu.draft import DraftModel
 from confu.target import Target
+from confu.tree import take
 
 
 @dataclass(frozen=True)
@@ -124,11 +125,11 @@ def losses(
         states = contemplate(target, draft.contemplation, PrefixCache(
             cache, draft.contemplation.soft_keys, draft.contemplation.soft_values
         ), features, anchors)  # fmt: skip
-        fused = draft.fuse(_at(features, anchors.position))
+        fused = draft.fuse(take(features, anchors.position))
         future, served_by = draft.future_row(states, fused, anchors.position), anchors.served_by
 
     valid = rows.supervised[0]
-    taught = _at(final, rows.index + 1)[valid]  # [R, D]; flat order is by sequence, then row
+    taught = take(final, rows.index + 1)[valid]  # [R, D]; flat order is by sequence, then row
     teacher = target.head_rows(taught, draft.target_ids())  # [R, U]
     outs = unroll(draft, target, tokens, features, rows, future, served_by)
     return _distil(draft, outs, teacher, rows, step_decay)
@@ -143,7 +144,7 @@ def contemplate(
 ) -> Float[Tensor, "B A D3"]:
     """f of every anchor: one row each, behind the soft prompts and the prefix up to the anchor, through the frozen
     layers with gradient. Anchors do not see each other."""
-    con = contemplation.con(_at(features, anchors.router)).to(features.dtype)
+    con = contemplation.con(take(features, anchors.router)).to(features.dtype)
     batch, num_anchors = anchors.position.shape
     num_soft = prefix.soft_keys.shape[2]
     device = features.device
@@ -181,7 +182,7 @@ def unroll(
         index = served_by.clamp(min=0)[:, None, :, None].expand(-1, future[0].shape[1], -1, future[0].shape[3])
         own.append((future[0].gather(2, index), future[1].gather(2, index), served_by >= 0))
 
-    hidden, outs = _at(fused, rows.index), []
+    hidden, outs = take(fused, rows.index), []
     for step in range(len(rows.supervised)):
         following = tokens.gather(1, (rows.index + 1 + step).clamp(max=tokens.shape[1] - 1))
         row = draft.row(target.embed(following), hidden)
@@ -281,7 +282,3 @@ class HeadCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_total, _):  # type: ignore[override]
         grad_x, grad_w = ctx.saved_tensors
         return grad_x.to(ctx.dtype) * grad_total, grad_w * grad_total, None, None, None
-
-
-def _at(states: Float[Tensor, "B T W"], positions: Int[Tensor, "B P"]) -> Float[Tensor, "B P W"]:
-    return states.gather(1, positions[:, :, None].expand(-1, -1, states.shape[2]))

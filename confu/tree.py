@@ -41,6 +41,11 @@ class Tree:
         return order[:, :count].sort(dim=1).values
 
 
+def take(rows: Float[Tensor, "B R W"], index: Int[Tensor, "B I"]) -> Float[Tensor, "B I W"]:
+    """Rows of each sequence by index."""
+    return rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2]))
+
+
 def from_parents(tokens: Int[Tensor, "B N"], parents: Int[Tensor, "B N"], scores: Float[Tensor, "B N"]) -> Tree:
     """Depths and ancestor mask from parent pointers (parents before children). One small step per level."""
     num_nodes = tokens.shape[1]
