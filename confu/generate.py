@@ -78,8 +78,7 @@ class Session:
     def reusable(self, prompts: Sequence[Sequence[int]]) -> list[int]:
         """How many leading tokens of each prompt both caches hold. The draft's row i also read token i+1, and the last
         two prompt tokens always run again: the one that routes the contemplate row and the one that carries it."""
-        if self.cache is None:
-            return [0] * len(prompts)
+        assert self.cache is not None  # `fits` comes first
         kept = []
         draft_lengths = self.state.lengths if self.state is not None else self.cache.lengths
         for prompt, old, target_length, draft_length in zip(
