@@ -15,6 +15,10 @@ from typing import Any, TypeVar, get_type_hints
 
 T = TypeVar("T")
 
+FUTURE_FORMS = ("row", "kv", "input", "fuse")
+"""How f enters the draft layer (METHOD 8 and docs/training.md): a row of its own, keys and values projected from it, a
+third input of every row, or an addition to the fused features."""
+
 
 @dataclass(frozen=True)
 class TreeConfig:
@@ -114,6 +118,8 @@ class DraftConfig:
     """Experts kept by the router (K)."""
     replication: int = 0
     """Draft rows that one future prediction serves (l)."""
+    future_form: str = "row"
+    """How f enters the draft layer: ``row``, ``kv``, ``input`` or ``fuse`` (ConFu; see `DraftModel`)."""
     vocabulary_fingerprint: str = ""
     """SHA-256 of the data files whose token counts chose the draft vocabulary."""
 
@@ -131,6 +137,11 @@ class DraftConfig:
                 _at_least(self, name, 1)
             if self.top_experts > self.num_experts:
                 raise ValueError(f"top_experts is {self.top_experts}, more than the {self.num_experts} experts.")
+        _one_of(self, "future_form", FUTURE_FORMS)
+
+    def future_is(self, *forms: str) -> bool:
+        """Whether this is a ConFu draft whose f enters in one of these forms."""
+        return self.method == "confu" and self.future_form in forms
 
 
 @dataclass(frozen=True)
@@ -177,6 +188,8 @@ class TrainConfig:
     """Experts kept by the router."""
     replication: int = 8
     """Rows served by one anchor (l); about one anchor in l rows is drawn."""
+    future_form: str = "fuse"
+    """How f enters the draft layer: ``row``, ``kv``, ``input`` or ``fuse``."""
     max_router_lag: int = 7
     """An anchor is routed by the state of a position 1 to this many steps before it."""
     seed: int = 0
@@ -204,6 +217,7 @@ class TrainConfig:
         for name in ("warmup", "step_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number from 0 to 1.")
+        _one_of(self, "future_form", FUTURE_FORMS)
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype is {self.dtype!r}; train in 'bfloat16' or 'float32'.")
         if self.top_experts > self.num_experts:
@@ -271,6 +285,12 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         if origin in (str, bool, dict, type(None)) and isinstance(value, origin):
             return value
     raise ValueError(f"{where} is {value!r}; expected {getattr(hint, '__name__', hint)}.")
+
+
+def _one_of(config: Any, name: str, allowed: tuple[str, ...]) -> None:
+    value = getattr(config, name)
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; give one of {', '.join(allowed)}.")
 
 
 def _at_least(config: Any, name: str, low: float) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from confu.config import DraftConfig, TrainConfig, to_json
+from confu.contemplate import Mixture
 from confu.data import Corpus, batches, read_corpus
 from confu.draft import DraftModel
 from confu.drafter import check_fit
@@ -228,9 +229,10 @@ def add_contemplation(source: DraftModel, config: TrainConfig, target: Target, c
             num_experts=config.num_experts,
             top_experts=config.top_experts,
             replication=config.replication,
+            future_form=config.future_form,
         )
     )
-    draft.load_state_dict(source.state_dict(), strict=False)  # every EAGLE-3 weight; the new ones are set below
+    _copy_eagle3(source, draft)  # the new weights are set below
     generator = torch.Generator().manual_seed(config.seed)
     frequent = corpus.token_counts(target.vocab_size).argsort(descending=True, stable=True)[:1000]
     assert draft.contemplation is not None
@@ -241,7 +243,7 @@ def add_contemplation(source: DraftModel, config: TrainConfig, target: Target, c
         target.prefill(cache, tokens[None].to(target.device), [config.num_soft_prompts])
         draft.contemplation.soft_keys.copy_(cache.keys[:, 0])
         draft.contemplation.soft_values.copy_(cache.values[:, 0])
-        for mixture in (draft.contemplation.con, draft.contemplation.future):
+        for mixture in (m for m in draft.contemplation.modules() if isinstance(m, Mixture)):
             picked = frequent[torch.randperm(len(frequent), generator=generator)[: config.num_experts]]
             experts = target.embed(picked.to(target.device)).float().cpu()
             noise = torch.randn(experts.shape, generator=generator) * 0.1 * experts.std()
@@ -249,12 +251,23 @@ def add_contemplation(source: DraftModel, config: TrainConfig, target: Target, c
     return draft
 
 
+@torch.no_grad()
+def _copy_eagle3(source: DraftModel, draft: DraftModel) -> None:
+    """Every EAGLE-3 weight; columns that read the third input start at zero."""
+    ours = draft.state_dict()
+    for name, weight in source.state_dict().items():
+        if ours[name].shape == weight.shape:
+            ours[name].copy_(weight)
+        else:
+            ours[name].zero_()[:, : weight.shape[1]] = weight
+
+
 def _parameter_groups(draft: DraftModel, config: TrainConfig) -> list[dict[str, Any]]:
     prompts, experts, rest = [], [], []
     for name, parameter in draft.named_parameters():
         if name.startswith("contemplation.soft"):
             prompts.append(parameter)
-        elif name.startswith("contemplation"):
+        elif name.startswith(("contemplation.con", "contemplation.future.")):
             experts.append(parameter)
         else:
             rest.append(parameter)

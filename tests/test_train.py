@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from tiny_data import ROWS, VOCAB, byte_tokenizer, taught_target, tiny_draft, write_jsonl
 
 from confu import train as train_module
-from confu.config import SamplingConfig, TrainConfig, TreeConfig, to_json
+from confu.config import FUTURE_FORMS, SamplingConfig, TrainConfig, TreeConfig, to_json
+from confu.contemplate import Mixture
 from confu.data import Batch, read_corpus
 from confu.draft import DraftModel
 from confu.drafter import TreeDrafter
@@ -139,17 +140,29 @@ def test_new_draft_has_the_most_frequent_tokens_and_the_targets_head(recipe, tar
         assert draft.config.vocabulary_fingerprint == corpus.fingerprint
 
 
-def test_confu_starts_as_its_eagle3_draft(recipe, target, halfway):
+@pytest.mark.parametrize("form", FUTURE_FORMS)
+def test_confu_starts_as_its_eagle3_draft(recipe, target, halfway, form):
     corpus = read_corpus(recipe.data, TOKENIZER, max_length=64)
     source = DraftModel.load(halfway)
-    draft = add_contemplation(source, confu(recipe, halfway), target, corpus)
+    config = dataclasses.replace(confu(recipe, halfway), future_form=form)
+    draft = add_contemplation(source, config, target, corpus)
     state = draft.state_dict()
     for name, value in source.state_dict().items():
-        assert torch.equal(state.pop(name), value), name
-    assert all(name.startswith("contemplation.") for name in state)
+        weight = state.pop(name)
+        if form == "input" and name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            weight, third = weight.split([2 * target.hidden_size, target.hidden_size], dim=1)
+            assert not third.any()
+        assert torch.equal(weight, value), name
+    assert all(name.startswith("contemplation.") or name == "midlayer.future_norm.weight" for name in state)
     assert (
         dataclasses.replace(
-            draft.config, method="eagle3", num_soft_prompts=0, num_experts=0, top_experts=0, replication=0
+            draft.config,
+            method="eagle3",
+            num_soft_prompts=0,
+            num_experts=0,
+            top_experts=0,
+            replication=0,
+            future_form="row",
         )
         == source.config
     )
@@ -162,7 +175,9 @@ def test_confu_starts_as_its_eagle3_draft(recipe, target, halfway):
         torch.testing.assert_close(draft.contemplation.soft_values[layer], cached.values[0])
     # experts: different real tokens, and little noise
     table = target.embed(torch.arange(VOCAB))
-    for mixture in (draft.contemplation.con, draft.contemplation.future):
+    mixtures = [module for module in draft.contemplation.modules() if isinstance(module, Mixture)]
+    assert len(mixtures) == (2 if form == "row" else 1)
+    for mixture in mixtures:
         distance = torch.cdist(mixture.experts, table)
         assert len(set(distance.argmin(1).tolist())) == 3
         assert (distance.min(1).values < 0.5 * table.norm(dim=1).mean()).all()
