@@ -20,9 +20,9 @@ from cyclopts import App, CycloptsError, Group, Parameter
 
 from confu import __version__
 from confu.config import SamplingConfig, TrainConfig, TreeConfig, load_toml
-from confu.models import ModelUnavailable
+from confu.models import DEFAULT_TARGET, ModelUnavailable
 from confu.terminal import Stages, Terminal, TrainingBoard, read_prompt
-from confu.view import TokenView, facts, lossless_view, summary
+from confu.view import TokenView, facts, lossless_view, prepared_view, summary, supervised_view
 
 if TYPE_CHECKING:
     from confu.generate import Decoder
@@ -39,6 +39,8 @@ app = App(
     ),
 )
 app.register_install_completion_command()
+data = App(name="data", help="Prepare training data.")
+app.command(data)
 MODEL, SAMPLED, TREES, SHOWN = map(Group.create_ordered, ("Model", "Sampling", "Draft tree", "Output"))
 
 
@@ -89,6 +91,13 @@ Device = Annotated[str, Parameter(group=MODEL, help="cpu, cuda, cuda:1 ...; auto
 Sampling = Annotated[SamplingConfig, Parameter(name="*", group=SAMPLED)]
 Tree = Annotated[TreeConfig, Parameter(name="*", group=TREES, name_transform=_tree_option)]
 Output = Annotated[OutputConfig, Parameter(name="*", group=SHOWN)]
+Sources = Annotated[
+    str,
+    Parameter(
+        name="FILE",
+        help="Chat JSONL (`messages`, or `prompt` and `response`), or hub:OWNER/NAME[/SUBSET][:SPLIT][@REVISION].",
+    ),
+]
 SAMPLING, TREE, OUTPUT = SamplingConfig(), TreeConfig(), OutputConfig()
 
 
@@ -400,3 +409,61 @@ def train(
     else:
         terminal.write(f"{final}\n")
     return 0
+
+
+@data.command(
+    help_epilogue="Examples:\n\n    confu data prepare chats.jsonl --out out/chats\n"
+    "    confu data prepare hub:HuggingFaceH4/ultrachat_200k:train_sft --target ORG/MODEL --out out/ultrachat"
+)
+def prepare(
+    *files: Sources,
+    out: Path,
+    target: Annotated[
+        str, Parameter(group=MODEL, help="Whose tokenizer and chat template: name, folder or Hub id.")
+    ] = (DEFAULT_TARGET),
+    max_length: int = TrainConfig.max_length,
+    output: Output = OUTPUT,
+) -> None:
+    """Tokenise conversations once, into a folder that `confu train --data FOLDER` reads from disk.
+
+    Parameters
+    ----------
+    out
+        New folder; it appears when it is complete.
+    max_length
+        Longer conversations are cut here; train with the same value.
+    """
+    _need_files(files)
+    if max_length < 8:
+        raise ValueError(f"--max-length is {max_length}; give 8 or more.")
+    terminal = output.terminal()
+    with Stages(terminal) as progress:
+        progress.wait("starting")
+        from confu import shards
+        from confu.models import load_tokenizer
+
+        tokenizer = load_tokenizer(target, progress=progress)
+        prepared = shards.prepare(
+            files,
+            tokenizer,
+            out,
+            target=target,
+            max_length=max_length,
+            progress=lambda fraction: progress("tokenising", fraction),
+        )
+    runs = shards.sample(prepared, tokenizer)
+    coverage = shards.coverage(prepared.token_counts)
+    values: dict[str, Any] = dataclasses.asdict(prepared.header) | {"vocabulary_coverage": coverage}
+    if terminal.json:
+        sample = [{"text": text, "supervised": supervised} for text, supervised in runs]
+        terminal.document(folder=str(out), **{k: v for k, v in values.items() if k != "schema_version"}, sample=sample)
+        return
+    legend = "supervised" if terminal.colour else "«supervised»"
+    terminal.say(f"the first conversation, {legend} tokens marked:", style="dim")
+    terminal.out.print(supervised_view(runs, colour=terminal.colour), end="\n\n")
+    terminal.out.print(prepared_view(values))
+
+
+def _need_files(files: tuple[str, ...]) -> None:
+    if not files:
+        raise ValueError("No data was given; name chat JSONL files, or a Hub data set as hub:OWNER/NAME.")

@@ -86,6 +86,31 @@ def summary(stats: Stats, seed: int, *, with_prompt: bool = False) -> str:
     return ", ".join([*parts, f"seed {seed}"])
 
 
+def supervised_view(runs: Sequence[tuple[str, bool]], *, colour: bool, most_characters: int = 400) -> Text:
+    """One training conversation, its supervised runs in colour or within «marks»; long runs lose their middle."""
+    text = Text()
+    for run, supervised in runs:
+        if len(run) > most_characters:
+            half = most_characters // 2
+            run = f"{run[:half]} [{len(run) - 2 * half:,} characters] {run[-half:]}"
+        opening, closing = MARKS["accepted"] if supervised and not colour else ("", "")
+        text.append(opening + run + closing, STYLES["accepted"] if supervised and colour else "")
+    return text
+
+
+def prepared_view(values: dict[str, Any]) -> Group:
+    """What a prepared folder holds: counts, then what was skipped and why."""
+    table = Table("skipped", "rows", box=None, pad_edge=False)
+    for reason, rows in sorted(values["skipped"].items(), key=lambda item: -item[1]):
+        table.add_row(reason, f"{rows:,}")
+    names = ("num_documents", "num_tokens", "num_supervised", "max_length", "fingerprint")
+    share = values["num_supervised"] / values["num_tokens"]
+    coverage = {f"{size:,} tokens": f"{part:.1%}" for size, part in values["vocabulary_coverage"].items()}
+    text = facts({name: values[name] for name in names} | {"supervised": f"{share:.1%} of the tokens"})
+    text.append_text(facts({"draft vocabulary covers": coverage}))
+    return Group(text, table) if values["skipped"] else Group(text)
+
+
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
     """First position at which two answers differ, the end of the shorter one included; None when they are the same."""
     if list(ours) == list(theirs):
