@@ -14,6 +14,7 @@ from confu.stats import Stats
 if TYPE_CHECKING:
     from confu.generate import Token
     from confu.lossless import Report
+    from confu.regenerate import Summary
 
 STYLES = {"accepted": "green", "own": "bold underline", "rejected": "dim strike"}
 MARKS = {"accepted": ("«", "»"), "own": ("", ""), "rejected": ("~~", "~~")}
@@ -109,6 +110,18 @@ def prepared_view(values: dict[str, Any]) -> Group:
     text = facts({name: values[name] for name in names} | {"supervised": f"{share:.1%} of the tokens"})
     text.append_text(facts({"draft vocabulary covers": coverage}))
     return Group(text, table) if values["skipped"] else Group(text)
+
+
+def regenerated_line(done: Summary) -> str:
+    """One line: how many rows have an answer now, how many failed, how fast it was."""
+    parts = [f"{done.num_answered:,} of {done.num_rows:,} rows answered"]
+    if done.num_done_before:
+        parts.append(f"{done.num_done_before:,} were before")
+    if done.failed:
+        parts.append(f"{done.failed.total():,} failed ({', '.join(f'{n:,} {why}' for why, n in done.failed.items())})")
+    if done.seconds:
+        parts.append(f"{done.num_tokens:,} tokens, {done.num_tokens / done.seconds:.1f} tok/s")
+    return ", ".join(parts)
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
