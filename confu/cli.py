@@ -422,9 +422,7 @@ def train(
 def prepare(
     *files: Sources,
     out: Path,
-    target: Annotated[
-        str, Parameter(group=MODEL, help="Whose tokenizer and chat template: name, folder or Hub id.")
-    ] = (DEFAULT_TARGET),
+    target: Annotated[str, Parameter(group=MODEL, help="Whose tokenizer: name, folder or Hub id.")] = DEFAULT_TARGET,
     max_length: int = TrainConfig.max_length,
     output: Output = OUTPUT,
 ) -> None:
@@ -462,8 +460,8 @@ def prepare(
         sample = [{"text": text, "supervised": supervised} for text, supervised in runs]
         terminal.document(folder=str(out), **{k: v for k, v in values.items() if k != "schema_version"}, sample=sample)
         return
-    legend = "supervised" if terminal.colour else "«supervised»"
-    terminal.say(f"the first conversation, {legend} tokens marked:", style="dim")
+    marked = "green" if terminal.colour else "«marked»"
+    terminal.say(f"the first conversation; {marked} tokens are supervised:", style="dim")
     terminal.out.print(supervised_view(runs, colour=terminal.colour), end="\n\n")
     terminal.out.print(prepared_view(values))
 

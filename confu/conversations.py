@@ -35,7 +35,7 @@ class Answer:
 
     text: str
     finish_reason: str
-    """"stop" or "length"."""
+    """How it ended: "stop" (by itself) or "length"."""
     num_tokens: int
     seed: int
 

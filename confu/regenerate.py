@@ -25,8 +25,7 @@ from confu.load import encode_chat
 from confu.rows import Rows
 
 WINDOW = 16  # batches whose rows are sorted by length together
-FEW_FAILURES = 20
-
+FEW_FAILURES = 20  # before these, a share says nothing
 
 Write = Callable[[Conversation, Outcome], None]
 
@@ -66,6 +65,8 @@ def regenerate(
     ``answered_by`` is what decides the answers beside ``config`` (target, draft, dtype ...). Raises ValueError for bad
     data and for an ``out`` that was begun with other data or settings, RuntimeError when too many rows fail.
     """
+    if out.suffix != ".jsonl":
+        raise ValueError(f"{out} is to hold JSONL; give --out a name that ends in .jsonl.")
     rows = Rows(sources, lambda fraction: progress("reading", fraction))
     conversations, refused = read_conversations(rows, config)
     decisive = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("batch_size", "max_failed")}
@@ -103,11 +104,9 @@ class DecoderEngine:
         for batch in self._batches(conversations):
             if all(is_done(conversation.id) for conversation in batch):
                 continue
-            prompts = [self._prompt(conversation, []) for conversation in batch]
-            able = [c for c, prompt in zip(batch, prompts, strict=True) if not isinstance(prompt, str)]
-            outcomes: dict[str, Outcome] = {
-                c.id: prompt for c, prompt in zip(batch, prompts, strict=True) if isinstance(prompt, str)
-            }
+            prompts = {conversation.id: self._prompt(conversation, []) for conversation in batch}
+            outcomes: dict[str, Outcome] = {name: reason for name, reason in prompts.items() if isinstance(reason, str)}
+            able = [conversation for conversation in batch if conversation.id not in outcomes]
             if not all(is_done(conversation.id) for conversation in able):
                 outcomes |= self._answer(able)
             for conversation in batch:

@@ -205,6 +205,8 @@ def test_other_settings_data_or_files_are_refused(tmp_path):
         run(file, out, target="tiny")
     with pytest.raises(ValueError, match="not the work of this command"):
         run(file, tmp_path / "in.jsonl")
+    with pytest.raises(ValueError, match="give --out a name that ends in .jsonl"):
+        run(file, tmp_path / "out")
     out.write_text("[]\n")
     with pytest.raises(ValueError, match="line 1 is no answered row"):
         run(write_jsonl(tmp_path / "in.jsonl", PROMPTS), out, target="tiny")
