@@ -79,6 +79,35 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class RegenerateConfig:
+    """How the target answers the prompts of training data anew."""
+
+    max_new_tokens: int = 512
+    """Most tokens of an answer; one that is cut off ends its conversation."""
+    temperature: float = 0.0
+    """Temperature of sampled answers; 0 makes every answer greedy."""
+    greedy_share: float = 0.0
+    """Share of the rows that are answered greedily nevertheless; a row's id decides."""
+    seed: int = 0
+    """Seed of the draws and of the choice of greedy rows."""
+    batch_size: int = 16
+    """Rows decoded together; sampled answers depend on it."""
+    max_failed: float = 0.1
+    """Stop when more than this share of the rows has failed, once 20 have."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_size"):
+            _at_least(self, name, 1)
+        for name in ("temperature", "seed"):
+            _at_least(self, name, 0)
+        for name in ("greedy_share", "max_failed"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a number from 0 to 1.")
+        if self.greedy_share and self.temperature == 0:
+            raise ValueError("greedy_share has no effect at temperature 0; give a temperature, or leave it out.")
+
+
+@dataclass(frozen=True)
 class DraftConfig:
     """Architecture of a draft and of the target it belongs to; saved as ``config.json`` beside the weights."""
 

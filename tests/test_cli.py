@@ -17,7 +17,8 @@ import confu.generate
 import confu.train
 from confu import cli, lossless
 from confu.config import TrainConfig
-from confu.data import Corpus, Document
+from confu.data import Corpus
+from confu.documents import Document
 from confu.draft import DraftModel
 from confu.generate import Decoder
 from confu.target import Target

@@ -14,7 +14,8 @@ from transformers import DynamicCache
 from confu import objective
 from confu.cache import PrefixCache
 from confu.config import TreeConfig
-from confu.data import Batch, tokenize_row
+from confu.data import Batch
+from confu.documents import tokenize_row
 from confu.drafter import Accepted, TreeDrafter
 from confu.objective import (
     Anchors,
