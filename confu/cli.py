@@ -400,3 +400,31 @@ def train(
     else:
         terminal.write(f"{final}\n")
     return 0
+
+
+@app.command(
+    help_epilogue="Example:\n\n    confu report out/smollm2-135m-confu out/smollm2-135m-control --out out/compared"
+)
+def report(
+    *runs: Annotated[Path, Parameter(name="RUN", help="Out folders of `confu train`; a run may still be going on.")],
+    out: Path | None = None,
+    output: Output = OUTPUT,
+) -> None:
+    """Draw the curves of training runs, over one another, into one page.
+
+    Parameters
+    ----------
+    out
+        Folder for report.html and the SVG files. Default: `report` in the first run's folder.
+    """
+    if not runs:
+        raise ValueError("No run was given; name the out folder of `confu train`.")
+    from confu.report import read_run, summary, write_report
+
+    terminal = output.terminal()
+    page, *charts = write_report(runs, out or runs[0] / "report")
+    if terminal.json:
+        found = [summary(read_run(run)) for run in runs]
+        terminal.document(report=str(page), charts=[str(chart) for chart in charts], runs=found)
+    else:
+        terminal.write(f"{page}\n")
