@@ -103,7 +103,7 @@ def training() -> str:
             found["method"],
             origin(found["init"]),
             run.config.get("future_form", "") if found["method"] == "confu" else "",
-            f"{found['steps']:,}",
+            f"{found['step']:,}",
             f"{found['tokens_seen']:,}",
             f"{found['loss']:.3f}",
             " ".join(f"{rate:.3f}" for rate in found["accuracy"]),

@@ -419,12 +419,12 @@ def report(
     """
     if not runs:
         raise ValueError("No run was given; name the out folder of `confu train`.")
-    from confu.report import read_run, summary, write_report
+    from confu.report import read_runs, summary, write_report
 
     terminal = output.terminal()
-    page, *charts = write_report(runs, out or runs[0] / "report")
+    found = read_runs(runs)
+    page, *charts = write_report(found, out or runs[0] / "report")
     if terminal.json:
-        found = [summary(read_run(run)) for run in runs]
-        terminal.document(report=str(page), charts=[str(chart) for chart in charts], runs=found)
+        terminal.document(report=str(page), charts=list(map(str, charts)), runs=[summary(run) for run in found])
     else:
         terminal.write(f"{page}\n")

@@ -19,6 +19,7 @@ CSS = (
     + "th,td{padding:.25rem .8rem .25rem 0;border-bottom:1px solid var(--grid);text-align:right;"
     + "font-variant-numeric:tabular-nums}tbody th{font-weight:400}"
     + "th:first-child,td:first-child{text-align:left}.note{color:var(--soft);font-size:.9rem;max-width:46rem}"
+    + "@media(max-width:30rem){table{font-size:.8rem}}"
     + "summary{cursor:pointer;padding:.5rem 0}"
 )
 

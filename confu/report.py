@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from confu.chart import MAX_SERIES, Series, line_chart, standalone
 from confu.page import details, figures, note, page, table
 
 Row = dict[str, Any]
-TOKENS = "supervised tokens seen"
 MAX_POINTS = 48  # of a line; longer runs show means of neighbouring reports, which are less noisy, too
 
 
@@ -28,6 +27,16 @@ class Run:
     config: dict[str, Any]
     reports: list[Row]
     evaluations: list[Row]
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Several runs, each once, under names that tell them apart."""
+    folders = list(dict.fromkeys(folders))
+    if len(folders) > MAX_SERIES:
+        raise ValueError(f"{len(folders)} runs were given; give at most {MAX_SERIES}, more lines cannot be told apart.")
+    short = [folder.resolve().name for folder in folders]
+    names = short if len(set(short)) == len(short) else [str(folder) for folder in folders]
+    return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
 
 
 def read_run(folder: Path, name: str = "") -> Run:
@@ -70,31 +79,15 @@ def read_metrics(path: Path) -> tuple[list[Row], list[Row]]:
 def summary(run: Run) -> dict[str, Any]:
     """A run in a few numbers: loss, accuracies and throughput are means over the last tenth of its reports, tau and
     acceptance those of its best evaluation."""
-    last = run.reports[-1]
     end = _mean(run.reports[-max(1, len(run.reports) // 10) :])
     best = max(run.evaluations, key=lambda row: row["tau"], default=None)
-    return {
-        "name": run.name,
-        "method": run.config["method"],
-        "init": run.config.get("init"),
-        "steps": last["step"],
-        "planned_steps": run.config["steps"],
-        "tokens_seen": last["tokens_seen"],
-        "loss": end["loss"],
-        "accuracy": end["accuracy"],
-        "tokens_per_second": end["tokens_per_second"],
-        "best": best,
-    }
+    settings = {"method": run.config["method"], "init": run.config.get("init"), "planned_steps": run.config["steps"]}
+    return {"name": run.name, **settings, **end, "best": best}
 
 
-def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
+def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
     """Write report.html and the SVG files into ``out``; returns their paths, the page first."""
-    if len(folders) > MAX_SERIES:
-        raise ValueError(f"{len(folders)} runs were given; give at most {MAX_SERIES}, more lines cannot be told apart.")
-    short = [folder.resolve().name for folder in folders]
-    names = short if len(set(short)) == len(short) else [str(folder) for folder in folders]
-    runs = [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
-    charts = dict(draw(runs))
+    charts = draw(runs)
     out.mkdir(parents=True, exist_ok=True)
     written = {out / "report.html": _page(runs, list(charts.values()))}
     written |= {out / f"{key}.svg": standalone(svg) + "\n" for key, svg in charts.items()}
@@ -103,43 +96,47 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
     return list(written)
 
 
-def draw(runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
-    """Name and SVG of each chart. What goes by depth is one chart for one run, and one chart per depth for several."""
+def draw(runs: Sequence[Run]) -> dict[str, str]:
+    """The charts as SVG by name, those without points left out. What goes by depth is one chart for one run, and one
+    chart for each depth for several."""
     reports = {run.name: _thin(run.reports) for run in runs}
     evaluations = {run.name: run.evaluations for run in runs}
+    charts: dict[str, tuple[str, list[Series]]] = {}
 
-    def over_tokens(key: str, title: str, rows: dict[str, list[Row]]) -> Iterator[tuple[str, str]]:
-        lines = [_series(name, rows[name], lambda row: row[key]) for name in rows]
-        if any(line.x for line in lines):
-            yield key.replace("_", "-"), line_chart(key.replace("_", "-"), title, TOKENS, lines)
+    def over_tokens(key: str, title: str, rows: dict[str, list[Row]]) -> None:
+        charts[key.replace("_", "-")] = title, [_series(run, mine, key) for run, mine in rows.items()]
 
-    def by_depth(key: str, title: str, level: str, rows: dict[str, list[Row]]) -> Iterator[tuple[str, str]]:
+    def by_depth(key: str, title: str, level: str, rows: dict[str, list[Row]]) -> None:
         depths = range(max((len(row[key]) for mine in rows.values() for row in mine), default=0))
-
-        def line(name: str, run: str, depth: int) -> Series:
-            return _series(name, rows[run], lambda row: row[key][depth] if depth < len(row[key]) else None)
-
-        if len(rows) == 1:
-            (run,) = rows
-            lines = [line(f"{level} {depth + 1}", run, depth) for depth in depths]
-            if lines:
-                yield key, line_chart(key, f"{title} by {level}", TOKENS, lines)
+        if len(runs) == 1:
+            (mine,) = rows.values()
+            lines = [_series(f"{level} {depth + 1}", mine, key, depth) for depth in depths]
+            charts[key] = f"{title} by {level}", lines
             return
         for depth in depths:
-            lines = [line(run, run, depth) for run in rows]
-            name = f"{key}-{depth + 1}"
-            yield name, line_chart(name, f"{title}, {level} {depth + 1}", TOKENS, lines)
+            lines = [_series(run, mine, key, depth) for run, mine in rows.items()]
+            charts[f"{key}-{depth + 1}"] = f"{title}, {level} {depth + 1}", lines
 
-    yield from over_tokens("loss", "Loss", reports)
-    yield from over_tokens("tau", "Mean acceptance length (tau), tree", evaluations)
-    yield from over_tokens("chain_tau", "Mean acceptance length (tau), chain", evaluations)
-    yield from by_depth("accuracy", "Accuracy in training", "draft step", reports)
-    yield from by_depth("acceptance", "Acceptance in decoding", "depth", evaluations)
-    yield from over_tokens("tokens_per_second", "Supervised tokens per second", reports)
+    over_tokens("loss", "Loss", reports)
+    over_tokens("tau", "Mean acceptance length (tau), tree", evaluations)
+    over_tokens("chain_tau", "Mean acceptance length (tau), chain", evaluations)
+    by_depth("accuracy", "Accuracy in training", "draft step", reports)
+    by_depth("acceptance", "Acceptance in decoding", "depth", evaluations)
+    over_tokens("tokens_per_second", "Supervised tokens per second", reports)
+    return {
+        name: line_chart(name, title, "supervised tokens seen", lines)
+        for name, (title, lines) in charts.items()
+        if any(line.x for line in lines)
+    }
 
 
-def _series(name: str, rows: Sequence[Row], value: Callable[[Row], float | None]) -> Series:
-    points = [(row["tokens_seen"], y) for row in rows if (y := value(row)) is not None and math.isfinite(y)]
+def _series(name: str, rows: Sequence[Row], key: str, depth: int | None = None) -> Series:
+    """What was measured of a value, or of a list of values at one depth, which some rows may not have reached."""
+    points = []
+    for row in rows:
+        value = row[key] if depth is None else row[key][depth] if depth < len(row[key]) else None
+        if value is not None and math.isfinite(value):
+            points.append((row["tokens_seen"], value))
     return Series(name, [x for x, _ in points], [y for _, y in points])
 
 
@@ -154,9 +151,13 @@ def _mean(rows: Sequence[Row]) -> Row:
     def mean(values: Sequence[float]) -> float:
         return sum(values) / len(values)
 
-    columns = {key: [mean(at) for at in zip(*(row[key] for row in rows), strict=True)] for key in ("kl", "accuracy")}
-    numbers = {key: mean([row[key] for row in rows]) for key in ("loss", "tokens_per_second")}
-    return rows[-1] | numbers | columns
+    return {
+        "step": rows[-1]["step"],
+        "tokens_seen": rows[-1]["tokens_seen"],
+        "loss": mean([row["loss"] for row in rows]),
+        "accuracy": [mean(column) for column in zip(*(row["accuracy"] for row in rows), strict=True)],
+        "tokens_per_second": mean([row["tokens_per_second"] for row in rows]),
+    }
 
 
 # ---------------------------------------------------------------- the page
@@ -184,7 +185,7 @@ def _summary_table(runs: Sequence[Run]) -> str:
 
     rows = [
         ["method", *(one["method"] for one in found)],
-        ["steps", *(f"{one['steps']:,}/{one['planned_steps']:,}" for one in found)],
+        ["steps", *(f"{one['step']:,}/{one['planned_steps']:,}" for one in found)],
         ["supervised tokens", *(f"{one['tokens_seen']:,}" for one in found)],
         ["tokens per second", *numbers([one["tokens_per_second"] for one in found], 0)],
         ["loss", *numbers([one["loss"] for one in found])],
@@ -261,4 +262,4 @@ def _numbers(run: Run) -> Iterator[str]:
 
 
 def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}"
+    return "–" if value is None or math.isnan(value) else f"{value:,.{digits}f}"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from confu import cli
-from confu.chart import Series, line_chart, standalone
-from confu.report import read_metrics, read_run, summary, write_report
+from confu.chart import CSS, Series, line_chart, standalone
+from confu.report import read_metrics, read_run, read_runs, summary, write_report
 
 SVG = {"svg": "http://www.w3.org/2000/svg"}
 CONFIG = {"method": "eagle3", "out": "x", "init": None, "steps": 40, "ttt_steps": 2, "step_decay": 0.8, "lr": 1e-3}
@@ -32,6 +32,10 @@ def make_run(folder: Path, rows: list, tail: str = "", **settings) -> Path:
     (folder / "config.json").write_text(json.dumps(CONFIG | settings))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
     return folder
+
+
+def report(folders: list[Path], out: Path) -> list[Path]:
+    return write_report(read_runs(folders), out)
 
 
 @pytest.fixture
@@ -154,6 +158,26 @@ def test_a_file_of_its_own_brings_its_colours():
     assert set(re.findall(r"var\((--[\w-]+)\)", svg)) <= set(re.findall(r"(--[\w-]+):", style))
 
 
+def contrast(first: str, second: str) -> float:
+    """WCAG 2's ratio."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    dark, light = sorted((luminance(first), luminance(second)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_lines_and_text_stand_out_in_both_schemes():
+    light, dark = CSS.split("@media(prefers-color-scheme:dark)")
+    for style, background in ((light, "#ffffff"), (dark, "#16191d")):
+        colours = dict(re.findall(r"--([\w-]+):(#\w{6});", style))
+        assert colours.keys() == {"ink", "soft", "grid", *(f"series-{number}" for number in range(6))}
+        assert all(contrast(colour, background) >= 4.5 for name, colour in colours.items() if name != "grid")
+
+
 # ---------------------------------------------------------------- reading
 
 
@@ -187,7 +211,7 @@ def test_summary_is_of_the_end_and_of_the_best_evaluation(tmp_path):
     assert found["loss"] == 19.5  # the last tenth: steps 19 and 20
     assert found["accuracy"] == pytest.approx([0.195, 0.0])
     assert found["tokens_per_second"] == 69.5
-    assert (found["steps"], found["planned_steps"], found["tokens_seen"]) == (20, 40, 2000)
+    assert (found["step"], found["planned_steps"], found["tokens_seen"]) == (20, 40, 2000)
     assert found["best"] == evaluation(5, 2.5, 1.5)
 
 
@@ -195,7 +219,7 @@ def test_summary_is_of_the_end_and_of_the_best_evaluation(tmp_path):
 
 
 def test_report_of_one_run(evaluated, tmp_path):
-    paths = write_report([evaluated], tmp_path / "out")
+    paths = report([evaluated], tmp_path / "out")
     names = ["loss.svg", "tau.svg", "chain-tau.svg", "accuracy.svg", "acceptance.svg", "tokens-per-second.svg"]
     assert [path.name for path in paths] == ["report.html", *names]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(["report.html", *names])
@@ -236,13 +260,13 @@ def test_report_of_one_run(evaluated, tmp_path):
 
 
 def test_same_rows_give_the_same_bytes(evaluated, going_on, tmp_path):
-    first = write_report([evaluated, going_on], tmp_path / "first")
-    second = write_report([evaluated, going_on], tmp_path / "second")
+    first = report([evaluated, going_on], tmp_path / "first")
+    second = report([evaluated, going_on], tmp_path / "second")
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
 def test_several_runs_are_drawn_over_one_another(evaluated, going_on, tmp_path):
-    paths = {path.stem: path.read_text() for path in write_report([evaluated, going_on], tmp_path / "out")}
+    paths = {path.stem: path.read_text() for path in report([evaluated, going_on], tmp_path / "out")}
     depths = {f"acceptance-{depth}" for depth in (1, 2, 3)}
     assert paths.keys() == {
         *("report", "loss", "tau", "chain-tau", "accuracy-1", "accuracy-2", "tokens-per-second"),
@@ -257,19 +281,19 @@ def test_several_runs_are_drawn_over_one_another(evaluated, going_on, tmp_path):
 
 def test_incomparable_losses_are_said_so(evaluated, tmp_path):
     other = make_run(tmp_path / "other", [training(10, 1.0)], ttt_steps=5)
-    assert "losses do not compare" in write_report([evaluated, other], tmp_path / "out")[0].read_text()
-    assert "losses do not compare" not in write_report([evaluated], tmp_path / "out")[0].read_text()
+    assert "losses do not compare" in report([evaluated, other], tmp_path / "out")[0].read_text()
+    assert "losses do not compare" not in report([evaluated], tmp_path / "out")[0].read_text()
 
 
 def test_run_without_evaluations_has_no_empty_charts(going_on, tmp_path):
-    names = {path.stem for path in write_report([going_on], tmp_path / "out")}
+    names = {path.stem for path in report([going_on], tmp_path / "out")}
     assert names == {"report", "loss", "accuracy", "tokens-per-second"}
 
 
 def test_long_runs_are_drawn_as_means(tmp_path):
     rows = [training(step, 1.0 if step % 2 else 3.0) for step in range(1, 97)]
     run = make_run(tmp_path / "run", rows)
-    paths = {path.stem: path for path in write_report([run], tmp_path / "out")}
+    paths = {path.stem: path for path in report([run], tmp_path / "out")}
     ((line),) = points(paths["loss"].read_text())
     assert len(line) == 48
     training_table = Page(paths["report"].read_text()).tables["Training, means of neighbouring reports"]
@@ -279,8 +303,28 @@ def test_long_runs_are_drawn_as_means(tmp_path):
 
 def test_names_are_told_apart_and_escaped(tmp_path):
     runs = [make_run(tmp_path / parent / "<run>", [training(10, 1.0)]) for parent in "ab"]
-    page = Page(write_report(runs, tmp_path / "out")[0].read_text())
+    page = Page(report(runs, tmp_path / "out")[0].read_text())
     assert page.tables["Summary"][0] == ["", str(runs[0]), str(runs[1])]
+
+
+def test_a_run_given_twice_is_drawn_once(evaluated, tmp_path):
+    assert Page(report([evaluated, evaluated], tmp_path / "out")[0].read_text()).tables["Summary"][0] == [
+        "",
+        "evaluated",
+    ]
+
+
+def test_what_was_not_measured_is_left_out(tmp_path):
+    """A depth that no draft reached is null; an evaluation may have had fewer depths, or no chain."""
+    rows = [evaluation(10, 2.0) | {"acceptance": [0.5, None]}, evaluation(20, 2.5) | {"acceptance": [0.75]}]
+    runs = [make_run(tmp_path / name, [training(10, 1.0), *rows]) for name in "ab"]
+    paths = {path.stem: path.read_text() for path in report(runs, tmp_path / "out")}
+    assert len(points(paths["acceptance-1"])) == 2
+    assert not {"acceptance-2", "chain-tau"} & paths.keys()
+    assert Page(paths["report"]).tables["Evaluations"][1:] == [
+        ["10", "1,000", "2.000", "–", "0.500", "–", "8", "2"],
+        ["20", "2,000", "2.500", "–", "0.750", "–", "8", "2"],
+    ]
 
 
 # ---------------------------------------------------------------- the command
@@ -319,7 +363,7 @@ def test_what_is_no_run_is_one_sentence(tmp_path, capsys, make, sentence):
 
 
 def test_too_many_or_no_runs_are_refused(evaluated, capsys):
-    assert cli.run(["report", *[str(evaluated)] * 13]) == 2
+    assert cli.run(["report", *(f"{evaluated}{number}" for number in range(13))]) == 2
     assert "13 runs were given; give at most 12" in capsys.readouterr().err
     assert cli.run(["report"]) == 2
     assert "No run was given" in capsys.readouterr().err
