@@ -143,10 +143,8 @@ def _ticks(low: float, high: float, *, enclosing: bool = False) -> list[float]:
     power = 10.0 ** math.floor(math.log10(exact))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= exact)
     inner, outer = (math.floor, math.ceil) if enclosing else (math.ceil, math.floor)
-    first, last = (
-        inner(low / step + (1e-9 if enclosing else -1e-9)),
-        outer(high / step + (-1e-9 if enclosing else 1e-9)),
-    )
+    slack = 1e-9 if enclosing else -1e-9  # a bound that is a tick but for rounding is one
+    first, last = inner(low / step + slack), outer(high / step - slack)
     return [number * step for number in range(first, last + 1)]
 
 
