@@ -546,3 +546,31 @@ def regenerate(
 def _need_files(files: tuple[str, ...]) -> None:
     if not files:
         raise ValueError("No data was given; name chat JSONL files, or a Hub data set as hub:OWNER/NAME.")
+
+
+@app.command(
+    help_epilogue="Example:\n\n    confu report out/smollm2-135m-confu out/smollm2-135m-control --out out/compared"
+)
+def report(
+    *runs: Annotated[Path, Parameter(name="RUN", help="Out folders of `confu train`; a run may still be going on.")],
+    out: Path | None = None,
+    output: Output = OUTPUT,
+) -> None:
+    """Draw the curves of training runs, over one another, into one page.
+
+    Parameters
+    ----------
+    out
+        Folder for report.html and the SVG files. Default: `report` in the first run's folder.
+    """
+    if not runs:
+        raise ValueError("No run was given; name the out folder of `confu train`.")
+    from confu.report import read_runs, summary, write_report
+
+    terminal = output.terminal()
+    found = read_runs(runs)
+    page, *charts = write_report(found, out or runs[0] / "report")
+    if terminal.json:
+        terminal.document(report=str(page), charts=list(map(str, charts)), runs=[summary(run) for run in found])
+    else:
+        terminal.write(f"{page}\n")
