@@ -4,10 +4,11 @@
     python benchmarks/table.py --check    # exit 1 when a file does not show today's rows
 
 ``<!-- tau:NAME -->`` ... ``<!-- /tau -->`` is filled from benchmarks/results/NAME,
-``<!-- runs:A,B,... -->`` ... ``<!-- /runs -->`` from the runs A, B, ..., and ``<!-- training-table -->`` ...
-``<!-- /training-table -->`` from all runs that are folders, ``<!-- evaluations:NAME -->`` ... ``<!-- /evaluations -->``
-from benchmarks/results/NAME.jsonl (losses of drafts on one held-out set). A run is benchmarks/results/training/A.jsonl, or a folder
-A there with config.json, metrics.jsonl and, if there is something to say, a line in note.txt.
+``<!-- runs:A,B,... -->`` ... ``<!-- /runs -->`` from the runs A, B, ..., ``<!-- training-table -->`` ...
+``<!-- /training-table -->`` from all runs that are folders, and ``<!-- evaluations:NAME -->`` ...
+``<!-- /evaluations -->`` from benchmarks/results/NAME.jsonl (losses of drafts on one held-out set). A run is
+benchmarks/results/training/A.jsonl, or a folder A there with config.json, metrics.jsonl and, if there is something to
+say, a line in note.txt.
 """
 
 from __future__ import annotations
