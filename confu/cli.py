@@ -386,6 +386,7 @@ def train(
                 resume=resume,
                 on_report=board.show,
                 progress=progress,
+                notice=terminal.say,
             )
         except KeyboardInterrupt:
             board.close()

@@ -183,6 +183,10 @@ class TrainConfig:
     """Seed of data order, anchors and new weights."""
     dtype: str = "bfloat16"
     """Compute type of the target and of autocast; master weights stay float32."""
+    features: str = "online"
+    """``online`` runs the target every step; ``cache`` only in the first epoch, keeping its states on disk (eagle3)."""
+    feature_store: str | None = None
+    """Folder of that cache, for runs on the same data and target to share; unset is ``features`` in the run folder."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
     log_every: int = 10
@@ -208,6 +212,17 @@ class TrainConfig:
             raise ValueError(f"dtype is {self.dtype!r}; train in 'bfloat16' or 'float32'.")
         if self.top_experts > self.num_experts:
             raise ValueError(f"top_experts is {self.top_experts}, more than the {self.num_experts} experts.")
+        if self.features not in ("online", "cache"):
+            raise ValueError(f"features is {self.features!r}; give 'online' or 'cache'.")
+        if self.features == "cache" and self.method == "confu":
+            raise ValueError(
+                "features = 'cache' serves eagle3 runs: a confu run needs the target's keys and values, so the target "
+                "runs anyway; leave features at 'online'."
+            )
+        if self.feature_store is not None and self.features == "online":
+            raise ValueError(
+                "feature_store has no effect with features = 'online'; leave it out or set features to 'cache'."
+            )
         if self.method == "confu" and self.init is None:
             raise ValueError("A confu run starts from a trained eagle3 draft; set init to its folder.")
 

@@ -105,12 +105,18 @@ def losses(
     step_decay: float,
     max_router_lag: int = 1,
     generator: torch.Generator | None = None,
+    taught: tuple[Float[Tensor, "B T D3"], Float[Tensor, "B T D"]] | None = None,
 ) -> Losses:
-    """Forward pass of one batch: frozen target, contemplate rows of the anchors, K unrolled draft steps."""
+    """Forward pass of one batch: frozen target, contemplate rows of the anchors, K unrolled draft steps.
+
+    ``taught`` stands for what `Target.teach` returns, where it is known already (not with contemplation, which needs
+    the target's keys and values).
+    """
     rows = gather_rows(supervised_steps(batch.spans, ttt_steps))
     tokens = batch.tokens
     cache = target.new_cache(len(tokens), tokens.shape[1]) if draft.contemplation else None
-    features, final = target.teach(tokens, cache)
+    assert taught is None or cache is None
+    features, final = taught if taught is not None else target.teach(tokens, cache)
 
     future, served_by = None, None
     if draft.contemplation is not None and cache is not None:
@@ -129,8 +135,8 @@ def losses(
         future, served_by = draft.future_row(states, fused, anchors.position), anchors.served_by
 
     valid = rows.supervised[0]
-    taught = take(final, rows.index + 1)[valid]  # [R, D]; flat order is by sequence, then row
-    teacher = target.head_rows(taught, draft.target_ids())  # [R, U]
+    teachers = take(final, rows.index + 1)[valid]  # [R, D]; flat order is by sequence, then row
+    teacher = target.head_rows(teachers, draft.target_ids())  # [R, U]
     outs = unroll(draft, target, tokens, features, rows, future, served_by)
     return _distil(draft, outs, teacher, rows, step_decay)
 

@@ -25,11 +25,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from confu.config import DraftConfig, TrainConfig, to_json
-from confu.data import Corpus, batches, read_corpus
+from confu.data import Batch, Corpus, collate, read_corpus
 from confu.draft import DraftModel
 from confu.drafter import check_fit
+from confu.features import FeatureStore
 from confu.models import draft_path
 from confu.objective import Losses, losses
+from confu.schedule import micro_batches
 from confu.target import Target
 
 Progress = Callable[[str, float | None], None]
@@ -56,8 +58,9 @@ def train(
     resume: bool = False,
     on_report: Callable[[Report], None] = lambda report: None,
     progress: Progress = lambda stage, fraction: None,
+    notice: Callable[[str], None] = lambda sentence: None,
 ) -> Path:
-    """Run a recipe to its end; returns the folder of the trained draft.
+    """Run a recipe to its end; returns the folder of the trained draft. ``notice`` takes sentences for the user.
 
     Raises ValueError for unusable data or settings, RuntimeError naming step and batch when the loss is not finite.
     """
@@ -73,6 +76,7 @@ def train(
         max_length=config.max_length,
         progress=lambda fraction: progress("tokenising", fraction),
     )
+    store = _open_store(config, corpus, target, notice) if config.features == "cache" else None
     # 2. draft
     draft = _start_draft(config, target, corpus).to(target.device)
     optimizer = torch.optim.AdamW(_parameter_groups(draft, config), betas=(0.9, 0.95), weight_decay=0.0)
@@ -90,13 +94,15 @@ def train(
 
     # 3. loop
     started = time.perf_counter()
-    data = batches(corpus.documents, batch_tokens=config.batch_tokens, seed=config.seed, start=done)
+    plan = micro_batches(corpus.documents, batch_tokens=config.batch_tokens, seed=config.seed, start=done)
     draft.train()
     try:
         for step in range(done, config.steps):
             _set_learning_rates(optimizer, config, step)
             with _Uninterrupted():
-                window.append(_step(draft, target, optimizer, config, step, next(data)))
+                members = next(plan)
+                batch = collate([corpus.documents[i] for i in members])
+                window.append(_step(draft, target, optimizer, config, step, batch, members, store))
                 tokens_seen += window[-1].num_supervised
                 done = step + 1
             if done % config.log_every == 0 or done == config.steps:
@@ -108,11 +114,15 @@ def train(
                 on_report(report)
             if done % config.checkpoint_every == 0 and done < config.steps:
                 _checkpoint(out, draft, optimizer, done, tokens_seen, window)
+                if store is not None:
+                    store.flush()
     except KeyboardInterrupt:
         _checkpoint(out, draft, optimizer, done, tokens_seen, window)
         raise
     finally:
         metrics.close()
+        if store is not None:
+            store.flush()
 
     # 4. the draft
     final = out / "final"
@@ -125,18 +135,27 @@ def train(
 
 
 def _step(
-    draft: DraftModel, target: Target, optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, batch: Any
+    draft: DraftModel,
+    target: Target,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    step: int,
+    batch: Batch,
+    members: list[int],
+    store: FeatureStore | None,
 ) -> Losses:
+    batch = batch.to(target.device)
     autocast = torch.autocast(target.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
     with autocast:
         result = losses(
             draft,
             target,
-            batch.to(target.device),
+            batch,
             ttt_steps=config.ttt_steps,
             step_decay=config.step_decay,
             max_router_lag=config.max_router_lag,
             generator=torch.Generator().manual_seed(config.seed * 1_000_003 + step),
+            taught=store.teach(batch, members) if store is not None else None,
         )
     if not torch.isfinite(result.total):
         raise RuntimeError(
@@ -149,6 +168,14 @@ def _step(
         torch.nn.utils.clip_grad_norm_(group["params"], config.clip)
     optimizer.step()
     return dataclasses.replace(result, total=result.total.detach())
+
+
+def _open_store(config: TrainConfig, corpus: Corpus, target: Target, notice: Callable[[str], None]) -> FeatureStore:
+    folder = config.feature_store or Path(config.out) / "features"
+    store = FeatureStore(folder, corpus, target, name=config.target, max_length=config.max_length)
+    notice(store.describe())
+    store.open()
+    return store
 
 
 def _start_draft(config: TrainConfig, target: Target, corpus: Corpus) -> DraftModel:

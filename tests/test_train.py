@@ -258,6 +258,7 @@ def short(recipe, halfway):
     return {
         "eagle3": dataclasses.replace(recipe, **settings),
         "confu": dataclasses.replace(confu(recipe, halfway), **settings),
+        "eagle3 from a cache": dataclasses.replace(recipe, **settings, features="cache"),
     }
 
 
@@ -272,7 +273,7 @@ def unbroken(short, target, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("method", ["eagle3", "confu"])
+@pytest.mark.parametrize("method", ["eagle3", "confu", "eagle3 from a cache"])
 @pytest.mark.parametrize(
     ("stop", "at"),
     [
