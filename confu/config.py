@@ -152,7 +152,9 @@ class TrainConfig:
     steps: int = 1000
     """Optimiser steps."""
     batch_tokens: int = 4096
-    """Tokens per step, padding included."""
+    """Tokens per micro-batch, padding included."""
+    accumulate: int = 1
+    """Micro-batches per optimiser step; processes that torchrun starts share them."""
     max_length: int = 1024
     """Longer conversations are cut here."""
     ttt_steps: int = 6
@@ -183,6 +185,8 @@ class TrainConfig:
     """Seed of data order, anchors and new weights."""
     dtype: str = "bfloat16"
     """Compute type of the target and of autocast; master weights stay float32."""
+    shard_target: bool = False
+    """Spread the target's layers over torchrun's processes (FSDP), for a target that does not fit on one device."""
     features: str = "online"
     """``online`` runs the target every step; ``cache`` only in the first epoch, keeping its states on disk (eagle3)."""
     feature_store: str | None = None
@@ -197,7 +201,15 @@ class TrainConfig:
             raise ValueError(f"method is {self.method!r}; give 'eagle3' or 'confu'.")
         if not self.data:
             raise ValueError("data names no file; give at least one chat JSONL file.")
-        for name in ("steps", "batch_tokens", "ttt_steps", "draft_vocab_size", "checkpoint_every", "log_every"):
+        for name in (
+            "steps",
+            "batch_tokens",
+            "accumulate",
+            "ttt_steps",
+            "draft_vocab_size",
+            "checkpoint_every",
+            "log_every",
+        ):
             _at_least(self, name, 1)
         for name in ("num_soft_prompts", "num_experts", "top_experts", "replication", "max_router_lag"):
             _at_least(self, name, 1)

@@ -1,20 +1,32 @@
-"""Which documents each optimiser step reads: decided by seed and step alone, so a resumed run is the same run."""
+"""Which conversations each optimiser step reads: decided by seed and step alone, so a resumed run is the same run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import torch
 
 from confu.data import Document, _epoch_plan
 
 
-def micro_batches(documents: list[Document], *, batch_tokens: int, seed: int, start: int = 0) -> Iterator[list[int]]:
-    """Document numbers of endless batches of at most ``batch_tokens`` padded tokens, a new order every epoch, from
-    batch ``start`` on. A document longer than that is a batch of its own."""
+def step_plan(
+    documents: Sequence[Document], *, batch_tokens: int, accumulate: int, seed: int, start: int = 0
+) -> Iterator[list[list[int]]]:
+    """Document numbers of the ``accumulate`` micro-batches of each step, endless, from step ``start`` on.
+
+    A micro-batch has at most ``batch_tokens`` padded tokens; a longer document is one of its own. Every epoch has a
+    new order.
+    """
+    plan = _micro_batches(documents, batch_tokens, seed, start * accumulate)
+    while True:
+        yield list(islice(plan, accumulate))
+
+
+def _micro_batches(documents: Sequence[Document], batch_tokens: int, seed: int, start: int) -> Iterator[list[int]]:
     epoch, seen = 0, 0
     while True:
-        plan = _epoch_plan(documents, batch_tokens, torch.Generator().manual_seed(seed * 100_003 + epoch))
+        plan = _epoch_plan(list(documents), batch_tokens, torch.Generator().manual_seed(seed * 100_003 + epoch))
         yield from plan[max(0, start - seen) :]
         seen += len(plan)
         epoch += 1

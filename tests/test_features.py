@@ -14,8 +14,9 @@ from confu.config import TrainConfig
 from confu.data import collate, read_corpus
 from confu.features import FeatureStore, taught_tokens
 from confu.objective import gather_rows, losses, supervised_steps
+from confu.start import new_eagle3
 from confu.target import Target
-from confu.train import new_eagle3, train
+from confu.train import train
 
 TOKENIZER = byte_tokenizer()
 

@@ -13,15 +13,16 @@ import torch
 from safetensors.torch import load_file
 from tiny_data import ROWS, VOCAB, byte_tokenizer, taught_target, tiny_draft, write_jsonl
 
-from confu import train as train_module
 from confu.config import SamplingConfig, TrainConfig, TreeConfig, to_json
 from confu.data import Batch, read_corpus
 from confu.draft import DraftModel
 from confu.drafter import TreeDrafter
 from confu.generate import Decoder
 from confu.objective import losses
+from confu.optimise import Trainer, parameter_groups, set_learning_rates
+from confu.start import add_contemplation, new_eagle3
 from confu.stats import Stats
-from confu.train import add_contemplation, new_eagle3, train
+from confu.train import train
 
 TOKENIZER = byte_tokenizer()
 PROMPTS = [
@@ -188,11 +189,11 @@ def test_start_from_a_wrong_draft_is_refused(recipe, target, tmp_path):
 def test_learning_rate_warms_up_and_falls_to_a_tenth(recipe):
     config = dataclasses.replace(recipe, steps=110, warmup=0.09, lr=2.0, lr_prompts=30.0, lr_experts=5.0)
     draft = tiny_draft("confu")
-    optimizer = torch.optim.SGD(train_module._parameter_groups(draft, config))
+    optimizer = torch.optim.SGD(parameter_groups(draft, config))
     for step, scale in ((0, 0.1), (4, 0.5), (9, 1.0), (10, 1.0), (60, 0.55), (85, 0.1 + 0.45 * (1 - math.sqrt(0.5)))):
-        train_module._set_learning_rates(optimizer, config, step)
+        set_learning_rates(optimizer, config, step)
         assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([2 * scale, 30 * scale, 5 * scale])
-    train_module._set_learning_rates(optimizer, config, 109)
+    set_learning_rates(optimizer, config, 109)
     assert 0.2 < optimizer.param_groups[0]["lr"] < 0.201
 
     names = {id(p): name for name, p in draft.named_parameters()}
@@ -204,9 +205,45 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth(recipe):
     ]
 
 
+def gradients(recipe, target, members: list[list[int]]) -> tuple:
+    """Loss and gradients of one step over micro-batches of these conversations."""
+    corpus = read_corpus(recipe.data, TOKENIZER, max_length=64)
+    torch.manual_seed(0)
+    draft = new_eagle3(recipe, target, corpus)
+    trainer = Trainer(dataclasses.replace(recipe, clip=1e9), target, draft, corpus.documents)
+    return trainer.step(0, members), [parameter.grad for parameter in draft.parameters()]
+
+
+def test_micro_batches_add_up_to_one_batch(recipe, target):
+    """Conversations weigh by their supervised tokens, wherever they are cut apart."""
+    whole, whole_grads = gradients(recipe, target, [[0, 1, 2, 3, 4, 5]])
+    for members in ([[5, 1], [0, 2, 3, 4]], [[0], [1, 2, 3, 4], [5]]):
+        parts, grads = gradients(recipe, target, members)
+        assert parts.num_rows.tolist() == whole.num_rows.tolist()
+        for name in ("total", "kl", "accuracy"):
+            torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
+        for ours, theirs in zip(grads, whole_grads, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert whole.num_rows[0] == sum(len(row["response"]) for row in ROWS)
+    # A mean of the parts' means is something else.
+    means = [gradients(recipe, target, [part])[0].total.item() for part in ([0], [1, 2, 3, 4], [5])]
+    assert sum(means) / 3 != pytest.approx(whole.total.item(), rel=1e-4)
+
+
+def test_accumulated_run_reads_two_micro_batches_a_step(recipe, target, tmp_path):
+    """Two halves of an epoch make one step, so every step sees all six conversations."""
+    reports = []
+    config = dataclasses.replace(recipe, out=str(tmp_path / "run"), steps=3, batch_tokens=150, accumulate=2)
+    train(config, target, TOKENIZER, on_report=reports.append)
+    supervised = sum(len(row["response"]) for row in ROWS)
+    assert [report.tokens_seen for report in reports] == [supervised, 2 * supervised, 3 * supervised]
+
+
 def test_loss_that_is_not_finite_stops_the_run_and_is_placed(recipe, target, tmp_path):
     config = dataclasses.replace(recipe, out=str(tmp_path / "run"), lr=1e25, warmup=0.0, batch_tokens=90)
-    with pytest.raises(RuntimeError, match=r"at step [1-9] \(batch of 2 conversations, lengths \d+ to \d+\); lower"):
+    with pytest.raises(
+        RuntimeError, match=r"at step [1-9] \(conversations \d, \d of the data, lengths \d+ to \d+\); lower"
+    ):
         train(config, target, TOKENIZER)
 
 
@@ -220,7 +257,7 @@ class PowerCut(Exception):
 def run_in_two(config, target, *, stop: str, at: int, monkeypatch) -> None:
     """Stop a run after ``at`` steps, then resume it to its end."""
     error = KeyboardInterrupt if stop.startswith("interrupt") else PowerCut
-    real = train_module._step
+    real = Trainer.step
     done = 0
 
     def step(*args):
@@ -235,7 +272,7 @@ def run_in_two(config, target, *, stop: str, at: int, monkeypatch) -> None:
             raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "_step", step)
+        patch.setattr(Trainer, "step", step)
         with pytest.raises(error):
             train(config, target, TOKENIZER, on_report=on_report)
     torch.manual_seed(99)  # nothing may hang on what the process drew before
@@ -259,6 +296,7 @@ def short(recipe, halfway):
         "eagle3": dataclasses.replace(recipe, **settings),
         "confu": dataclasses.replace(confu(recipe, halfway), **settings),
         "eagle3 from a cache": dataclasses.replace(recipe, **settings, features="cache"),
+        "confu accumulated": dataclasses.replace(confu(recipe, halfway), **settings, accumulate=2),
     }
 
 
@@ -273,7 +311,7 @@ def unbroken(short, target, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("method", ["eagle3", "confu", "eagle3 from a cache"])
+@pytest.mark.parametrize("method", ["eagle3", "confu", "eagle3 from a cache", "confu accumulated"])
 @pytest.mark.parametrize(
     ("stop", "at"),
     [
@@ -309,7 +347,7 @@ def test_run_that_stopped_before_its_first_checkpoint_can_be_had(short, target, 
     """Either way on must work; a folder that can be neither resumed nor begun is a dead end."""
     config = dataclasses.replace(short["eagle3"], out=str(tmp_path / "run"))
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "_step", lambda *args: (_ for _ in ()).throw(PowerCut))
+        patch.setattr(Trainer, "step", lambda *args: (_ for _ in ()).throw(PowerCut))
         with pytest.raises(PowerCut):
             train(config, target, TOKENIZER)
     try:
@@ -321,7 +359,7 @@ def test_run_that_stopped_before_its_first_checkpoint_can_be_had(short, target, 
 def test_resume_with_another_recipe_is_refused(short, target, tmp_path, monkeypatch):
     config = dataclasses.replace(short["eagle3"], out=str(tmp_path / "run"))
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "_step", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Trainer, "step", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(config, target, TOKENIZER)
     with pytest.raises(ValueError, match="The recipe differs from .*config.json; resume with the recipe"):
