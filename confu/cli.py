@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs. Exit status: 0 done, 1 failed, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -365,25 +366,34 @@ def train(
     resume
         Go on from the run's checkpoint.
     """
-    terminal = output.terminal()
     config = load_toml(TrainConfig, recipe, dict(overrides or {}))
-    with Stages(terminal) as progress:
+    if int(os.environ.get("RANK", "0")) > 0:  # under torchrun the first process speaks
+        output = OutputConfig(quiet=True, debug=output.debug)
+    terminal = output.terminal()
+    with Stages(terminal) as progress, contextlib.ExitStack() as stack:
         progress.wait("starting")
+        from confu import parallel
         from confu.load import find_device, find_dtype
         from confu.models import load_target_model
         from confu.target import Target
         from confu.train import train as run_training
 
-        place = find_device(device)
+        place = parallel.local_device(find_device(device))
+        world = stack.enter_context(parallel.join(place))
         dtype = find_dtype(config.dtype, place)
-        model, tokenizer = load_target_model(config.target, dtype=dtype, device=place, progress=progress)
+        home = "cpu" if config.shard_target else place  # what is to be sharded fits on no device
+        model, tokenizer = load_target_model(config.target, dtype=dtype, device=home, progress=progress)
+        target = Target(model)
+        if config.shard_target:
+            parallel.shard_target(target, world)
         board = TrainingBoard(terminal, config.steps, progress)
         try:
             final = run_training(
                 config,
-                Target(model),
+                target,
                 tokenizer,
                 resume=resume,
+                world=world,
                 on_report=board.show,
                 progress=progress,
                 notice=terminal.say,
@@ -398,6 +408,6 @@ def train(
             board.close()
     if terminal.json:
         terminal.document(draft=str(final), steps=config.steps, last_report=board.as_dict())
-    else:
+    elif world.rank == 0:
         terminal.write(f"{final}\n")
     return 0

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from confu.target import Target
 
@@ -92,3 +93,8 @@ def shard_target(target: Target, world: World) -> None:
     for layer in decoder.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     target.model.to(world.device)  # type: ignore[invalid-argument]
+
+
+def whole(weight: Tensor) -> Tensor:
+    """A weight that may be sharded, put together; all processes must ask for it."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight

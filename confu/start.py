@@ -6,13 +6,13 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from confu.config import DraftConfig, TrainConfig
 from confu.data import Corpus
 from confu.draft import DraftModel
 from confu.drafter import check_fit
 from confu.models import draft_path
+from confu.parallel import whole
 from confu.target import Target
 
 
@@ -72,7 +72,7 @@ def _start_from_last_layer(draft: DraftModel, target: Target) -> None:
     width = target.hidden_size
     draft.fc.weight.mul_(0.1)
     draft.fc.weight[:, 2 * width :] += torch.eye(width)
-    theirs: dict[str, Tensor] = dict(decoder.layers[-1].named_parameters())
+    theirs = {name: whole(weight) for name, weight in decoder.layers[-1].named_parameters()}
     theirs["hidden_norm.weight"] = theirs.pop("input_layernorm.weight", torch.empty(0))
     for name, weight in draft.midlayer.named_parameters():
         part = weight[:, width:] if name.split(".")[1] in ("q_proj", "k_proj", "v_proj") else weight
