@@ -133,6 +133,18 @@ class DraftConfig:
                 raise ValueError(f"top_experts is {self.top_experts}, more than the {self.num_experts} experts.")
 
 
+CONFU_SETTINGS = [
+    "num_soft_prompts",
+    "num_experts",
+    "top_experts",
+    "replication",
+    "max_router_lag",
+    "lr_prompts",
+    "lr_experts",
+]
+"""Fields of a recipe that an eagle3 run does not read."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """A training recipe (METHOD: training). One loop serves ``eagle3`` and ``confu``."""
@@ -231,12 +243,28 @@ class TrainConfig:
                 "features = 'cache' serves eagle3 runs: a confu run needs the target's keys and values, so the target "
                 "runs anyway; leave features at 'online'."
             )
-        if self.feature_store is not None and self.features == "online":
+        if self.features == "cache" and self.shard_target:
             raise ValueError(
-                "feature_store has no effect with features = 'online'; leave it out or set features to 'cache'."
+                "features = 'cache' lets each process skip the target where its states are stored, but a sharded "
+                "target runs in all processes or in none; leave out one of features and shard_target."
             )
         if self.method == "confu" and self.init is None:
             raise ValueError("A confu run starts from a trained eagle3 draft; set init to its folder.")
+
+    def without_effect(self) -> list[str]:
+        """A sentence for each kind of setting that differs from its default and changes nothing."""
+        kinds = {
+            "in an eagle3 run": () if self.method == "confu" else CONFU_SETTINGS,
+            "with init, whose draft brings its own vocabulary": ("draft_vocab_size",) if self.init else (),
+            "with features = 'online'": ("feature_store",) if self.features == "online" else (),
+        }
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        sentences = []
+        for when, names in kinds.items():
+            idle = [name for name in names if getattr(self, name) != defaults[name]]
+            if idle:
+                sentences.append(f"{', '.join(idle)}: no effect {when}.")
+        return sentences
 
 
 def from_dict(cls: type[T], values: dict[str, Any], *, source: str) -> T:

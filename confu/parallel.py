@@ -83,8 +83,10 @@ def shard_target(target: Target, world: World) -> None:
     """Spread the weights of the target's layers over the processes (FSDP2), for one that fits on none of them.
 
     A layer's weights are together only while it runs, so all processes must run the target equally often. Embedding,
-    final norm and head, which the draft reads too, stay whole.
+    final norm and head, which the draft reads too, stay whole. Raises ValueError in a single process.
     """
+    if world.size == 1:
+        raise ValueError("shard_target needs several processes; start them with torchrun, or leave it out.")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

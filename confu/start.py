@@ -29,6 +29,16 @@ def start_draft(config: TrainConfig, target: Target, corpus: Corpus) -> DraftMod
     return add_contemplation(source, config, target, corpus)
 
 
+def overruled(config: TrainConfig, draft: DraftModel) -> list[str]:
+    """A sentence when the draft that a run goes on from has other sizes than the recipe says: the draft's count."""
+    if draft.contemplation is None:
+        return []
+    names = ("num_soft_prompts", "num_experts", "top_experts", "replication")
+    differing = [name for name in names if getattr(config, name) != getattr(draft.config, name)]
+    said = ", ".join(f"{name} {getattr(draft.config, name)} (not {getattr(config, name)})" for name in differing)
+    return [f"The draft to go on from keeps its {said}."] if said else []
+
+
 def new_eagle3(config: TrainConfig, target: Target, corpus: Corpus) -> DraftModel:
     """An untrained draft: vocabulary by frequency (ties by id), head and final norm from the target's."""
     text_config: Any = target.model.config.get_text_config()

@@ -25,7 +25,7 @@ from confu.optimise import Trainer
 from confu.parallel import ALONE, World
 from confu.runs import Interrupts, Position, Run
 from confu.schedule import step_plan
-from confu.start import start_draft
+from confu.start import overruled, start_draft
 from confu.target import Target
 
 Progress = Callable[[str, float | None], None]
@@ -76,6 +76,8 @@ def train(
     # 2. draft
     draft = start_draft(config, target, corpus).to(target.device)
     trainer = Trainer(config, target, draft, corpus.documents, store, world)
+    for sentence in (*config.without_effect(), *overruled(config, draft)):
+        notice(sentence)
     at = run.begin(trainer, corpus)
     world.agree(draft)
 

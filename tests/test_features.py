@@ -215,7 +215,7 @@ def test_states_not_yet_on_disk_are_not_believed(corpus, tmp_path):
     [
         ({"features": "offline"}, "features is 'offline'; give 'online' or 'cache'"),
         ({"features": "cache", "method": "confu", "init": "x"}, "a confu run needs the target's keys and values"),
-        ({"features": "online", "feature_store": "x"}, "feature_store has no effect with features = 'online'"),
+        ({"features": "cache", "shard_target": True}, "a sharded target runs in all processes or in none"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(recipe, settings, words):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_data import ROWS, byte_tokenizer, taught_target, write_jsonl
 
 from confu.config import TrainConfig, load_toml
-from confu.parallel import World, local_device
+from confu.parallel import World, local_device, shard_target
 from confu.train import train
 
 
@@ -76,6 +76,11 @@ def test_share_that_does_not_divide_is_refused(home):
     config = load_toml(TrainConfig, home / "eagle3.toml", {"out": "unused", "accumulate": 3})
     with pytest.raises(ValueError, match="accumulate is 3, but 2 processes train together, .*; give a multiple of 2"):
         train(config, taught_target(), byte_tokenizer(), world=World(0, 2))
+
+
+def test_one_process_cannot_shard():
+    with pytest.raises(ValueError, match="shard_target needs several processes; start them with torchrun"):
+        shard_target(taught_target(), World())
 
 
 def test_each_process_takes_its_own_gpu(monkeypatch):

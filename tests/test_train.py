@@ -183,6 +183,19 @@ def test_start_from_a_wrong_draft_is_refused(recipe, target, tmp_path):
         train(config, target, TOKENIZER)
 
 
+def test_what_a_run_does_not_follow_is_said(recipe, target, halfway, tmp_path):
+    """Settings of ConFu in an eagle3 run, and sizes that a trained ConFu draft brings along."""
+    said = []
+    short = dataclasses.replace(recipe, steps=1)
+    train(dataclasses.replace(short, out=str(tmp_path / "eagle3")), target, TOKENIZER, notice=said.append)
+    assert said == ["num_soft_prompts, num_experts, replication, max_router_lag: no effect in an eagle3 run."]
+    first = train(dataclasses.replace(confu(short, halfway), out=str(tmp_path / "first")), target, TOKENIZER)
+    more = dataclasses.replace(confu(short, first), out=str(tmp_path / "more"), num_experts=2, draft_vocab_size=8192)
+    said.clear()
+    train(more, target, TOKENIZER, notice=said.append)
+    assert said == ["The draft to go on from keeps its num_experts 3 (not 2)."]
+
+
 # ---------------------------------------------------------------- optimisation
 
 
