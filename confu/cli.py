@@ -395,6 +395,7 @@ def train(
                 resume=resume,
                 world=world,
                 on_report=board.show,
+                on_evaluation=board.show_tau,
                 progress=progress,
                 notice=terminal.say,
             )
@@ -407,7 +408,7 @@ def train(
         finally:
             board.close()
     if terminal.json:
-        terminal.document(draft=str(final), steps=config.steps, last_report=board.as_dict())
+        terminal.document(draft=str(final), steps=config.steps, **board.as_dict())
     elif world.rank == 0:
         terminal.write(f"{final}\n")
     return 0

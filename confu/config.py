@@ -145,6 +145,9 @@ CONFU_SETTINGS = [
 """Fields of a recipe that an eagle3 run does not read."""
 
 
+EVAL_SETTINGS = ("eval_prompts", "eval_limit", "eval_tokens", "eval_nodes", "eval_depth", "eval_topk")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """A training recipe (METHOD: training). One loop serves ``eagle3`` and ``confu``."""
@@ -203,6 +206,20 @@ class TrainConfig:
     """``online`` runs the target every step; ``cache`` only in the first epoch, keeping its states on disk (eagle3)."""
     feature_store: str | None = None
     """Folder of that cache, for runs on the same data and target to share; unset is ``features`` in the run folder."""
+    evaluate_every: int = 0
+    """Steps between measurements of tau on held-out prompts; final/ is then the best draft. 0 is off."""
+    eval_prompts: str | None = None
+    """JSONL file of those prompts (``prompt``, or ``messages``); what the training data answers is left out."""
+    eval_limit: int = 32
+    """Take the first so many."""
+    eval_tokens: int = 64
+    """Tokens of each answer."""
+    eval_nodes: int = 30
+    """Nodes of the draft tree that tau is measured with."""
+    eval_depth: int = 6
+    """Its levels, and the length of the chains."""
+    eval_topk: int = 10
+    """Its children expanded per node."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
     log_every: int = 10
@@ -236,6 +253,11 @@ class TrainConfig:
             raise ValueError(f"dtype is {self.dtype!r}; train in 'bfloat16' or 'float32'.")
         if self.top_experts > self.num_experts:
             raise ValueError(f"top_experts is {self.top_experts}, more than the {self.num_experts} experts.")
+        if self.evaluate_every and self.eval_prompts is None:
+            raise ValueError(
+                f"evaluate_every is {self.evaluate_every}, but eval_prompts names no file; give a JSONL file of "
+                "held-out prompts, or leave evaluate_every at 0."
+            )
         if self.features not in ("online", "cache"):
             raise ValueError(f"features is {self.features!r}; give 'online' or 'cache'.")
         if self.features == "cache" and self.method == "confu":
@@ -256,6 +278,7 @@ class TrainConfig:
         kinds = {
             "in an eagle3 run": () if self.method == "confu" else CONFU_SETTINGS,
             "with init, whose draft brings its own vocabulary": ("draft_vocab_size",) if self.init else (),
+            "with evaluate_every = 0": () if self.evaluate_every else EVAL_SETTINGS,
             "with features = 'online'": ("feature_store",) if self.features == "online" else (),
         }
         defaults = {f.name: f.default for f in dataclasses.fields(self)}

@@ -36,11 +36,17 @@ class Position:
     """Supervised tokens."""
     window: list[Losses] = field(default_factory=list)
     """Steps since the last report."""
+    seconds: float = 0.0
+    """Time that these took."""
 
-    def advance(self, result: Losses) -> None:
+    def advance(self, result: Losses, seconds: float) -> None:
         self.step += 1
         self.tokens_seen += result.num_supervised
         self.window.append(result)
+        self.seconds += seconds
+
+    def begin_window(self) -> None:
+        self.window, self.seconds = [], 0.0
 
 
 class Run:
@@ -69,7 +75,8 @@ class Run:
         if self._state is not None:
             trainer.draft.load_state_dict(self._state["draft"])
             trainer.optimizer.load_state_dict(self._state["optimizer"])
-            at = Position(self._state["step"], self._state["tokens_seen"], [Losses(*w) for w in self._state["window"]])
+            position = self._state["position"]
+            at = Position(**position | {"window": [Losses(**values) for values in position["window"]]})
         self._origin = provenance(self.config, corpus)  # now: the checkout may change while the run goes on
         rows = self._rows(at.step)
         self.best = max((row for row in rows if "tau" in row), key=lambda row: row["tau"], default=None)
@@ -89,8 +96,9 @@ class Run:
             self._metrics.write(json.dumps(row) + "\n")
             self._metrics.flush()
 
-    def is_evaluated(self, step: int) -> bool:
-        return self._last_tau == step
+    def wants_tau(self, step: int) -> bool:
+        due = step > 0 and (step % self.config.evaluate_every == 0 or step == self.config.steps)
+        return due and step != self._last_tau
 
     def log_tau(self, row: dict[str, Any], draft: DraftModel) -> None:
         """Keep the draft when it is the best yet, then log its row."""
@@ -102,14 +110,14 @@ class Run:
         self.log(row)
 
     def checkpoint(self, trainer: Trainer, at: Position) -> None:
+        if trainer.store is not None:
+            trainer.store.flush()
         if not self.writes:
             return
         state = {
             "draft": trainer.draft.state_dict(),
             "optimizer": trainer.optimizer.state_dict(),
-            "step": at.step,
-            "tokens_seen": at.tokens_seen,
-            "window": [(w.total, w.kl, w.accuracy, w.num_rows) for w in at.window],
+            "position": dataclasses.asdict(at),
         }
         partial = self.folder / "checkpoint.tmp"
         torch.save(state, partial)

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from confu.config import TrainConfig
 from confu.data import Corpus, read_corpus
+from confu.evaluate import Evaluation, Evaluator, held_out_prompts
 from confu.features import FeatureStore
 from confu.optimise import Trainer
 from confu.parallel import ALONE, World
@@ -41,7 +42,7 @@ class Report:
     kl: list[float]
     accuracy: list[float]
     tokens_per_second: float
-    """Supervised tokens per second of wall time."""
+    """Supervised tokens per second of the steps."""
     tokens_seen: int
 
 
@@ -53,6 +54,7 @@ def train(
     resume: bool = False,
     world: World = ALONE,
     on_report: Callable[[Report], None] = lambda report: None,
+    on_evaluation: Callable[[Evaluation], None] = lambda evaluation: None,
     progress: Progress = lambda stage, fraction: None,
     notice: Notice = lambda sentence: None,
 ) -> Path:
@@ -73,38 +75,20 @@ def train(
         progress=lambda fraction: progress("tokenising", fraction),
     )
     store = _open_store(config, corpus, target, world, notice) if config.features == "cache" else None
+    evaluator = None
+    if config.evaluate_every:
+        evaluator = Evaluator(config, target, held_out_prompts(config, tokenizer, corpus, target, notice))
     # 2. draft
-    draft = start_draft(config, target, corpus).to(target.device)
-    trainer = Trainer(config, target, draft, corpus.documents, store, world)
+    draft = start_draft(config, target, corpus).to(target.device).train()
     for sentence in (*config.without_effect(), *overruled(config, draft)):
         notice(sentence)
+    trainer = Trainer(config, target, draft, corpus.documents, store, world)
     at = run.begin(trainer, corpus)
     world.agree(draft)
 
     # 3. loop
-    started = time.perf_counter()
-    plan = step_plan(
-        corpus.documents,
-        batch_tokens=config.batch_tokens,
-        accumulate=config.accumulate,
-        seed=config.seed,
-        start=at.step,
-    )
-    draft.train()
     try:
-        with Interrupts(world) as interrupts:
-            while at.step < config.steps:
-                with interrupts.postponed():
-                    at.advance(trainer.step(at.step, next(plan)))
-                if at.step % config.log_every == 0 or at.step == config.steps:
-                    report = _summary(at, time.perf_counter() - started)
-                    at.window, started = [], time.perf_counter()
-                    run.log(dataclasses.asdict(report))
-                    on_report(report)
-                if at.step % config.checkpoint_every == 0 and at.step < config.steps:
-                    run.checkpoint(trainer, at)
-                    if store is not None:
-                        store.flush()
+        _loop(trainer, run, at, evaluator, on_report, on_evaluation)
     except KeyboardInterrupt:
         run.checkpoint(trainer, at)
         raise
@@ -115,6 +99,44 @@ def train(
 
     # 4. the draft
     return run.finish(draft.eval(), at)
+
+
+def _loop(
+    trainer: Trainer,
+    run: Run,
+    at: Position,
+    evaluator: Evaluator | None,
+    on_report: Callable[[Report], None],
+    on_evaluation: Callable[[Evaluation], None],
+) -> None:
+    """Take the steps that are left, with what is due between them."""
+    config = trainer.config
+    plan = step_plan(
+        trainer.documents,
+        batch_tokens=config.batch_tokens,
+        accumulate=config.accumulate,
+        seed=config.seed,
+        start=at.step,
+    )
+    with Interrupts(trainer.world) as interrupts:
+        while True:
+            # At the top, so that a resumed run makes up for an evaluation that was interrupted.
+            if evaluator is not None and run.wants_tau(at.step):
+                evaluation = evaluator.evaluate(trainer.draft, at.step, at.tokens_seen)
+                run.log_tau(dataclasses.asdict(evaluation), trainer.draft)
+                on_evaluation(evaluation)
+            if at.step == config.steps:
+                return
+            with interrupts.postponed():
+                began = time.perf_counter()
+                at.advance(trainer.step(at.step, next(plan)), time.perf_counter() - began)
+            if at.step % config.log_every == 0 or at.step == config.steps:
+                report = _summary(at)
+                at.begin_window()
+                run.log(dataclasses.asdict(report))
+                on_report(report)
+            if at.step % config.checkpoint_every == 0 and at.step < config.steps:
+                run.checkpoint(trainer, at)
 
 
 def _check_share(config: TrainConfig, world: World) -> None:
@@ -134,7 +156,7 @@ def _open_store(config: TrainConfig, corpus: Corpus, target: Target, world: Worl
     return store
 
 
-def _summary(at: Position, seconds: float) -> Report:
+def _summary(at: Position) -> Report:
     def mean(values: list[Tensor]) -> Tensor:
         return torch.stack(values).mean(0)
 
@@ -143,7 +165,7 @@ def _summary(at: Position, seconds: float) -> Report:
         mean([w.total for w in at.window]).item(),
         [round(x, 4) for x in mean([w.kl for w in at.window]).tolist()],
         [round(x, 4) for x in mean([w.accuracy for w in at.window]).tolist()],
-        sum(w.num_supervised for w in at.window) / seconds,
+        sum(w.num_supervised for w in at.window) / at.seconds,
         at.tokens_seen,
     )
 
