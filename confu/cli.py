@@ -23,7 +23,7 @@ from confu import __version__
 from confu.config import SamplingConfig, TrainConfig, TreeConfig, load_toml
 from confu.models import ModelUnavailable
 from confu.terminal import Stages, Terminal, TrainingBoard, read_prompt
-from confu.view import TokenView, facts, lossless_view, summary
+from confu.view import TokenView, facts, lossless_view, summary, throughput_view
 
 if TYPE_CHECKING:
     from confu.generate import Decoder
@@ -355,6 +355,7 @@ def train(
     /,
     *,
     resume: bool = False,
+    dry_run: bool = False,
     device: Device = "auto",
     overrides: Annotated[TrainOverrides | None, Parameter(name="*", group="Settings that win over the recipe")] = None,
     output: Output = OUTPUT,
@@ -365,11 +366,15 @@ def train(
     ----------
     resume
         Go on from the run's checkpoint.
+    dry_run
+        Say what the run would take, by its settings and by timing a few steps; write nothing.
     """
     config = load_toml(TrainConfig, recipe, dict(overrides or {}))
     if int(os.environ.get("RANK", "0")) > 0:  # under torchrun the first process speaks
         output = OutputConfig(quiet=True, debug=output.debug)
     terminal = output.terminal()
+    if dry_run:
+        return _rehearse(terminal, config, device)
     with Stages(terminal) as progress, contextlib.ExitStack() as stack:
         progress.wait("starting")
         from confu import parallel
@@ -412,3 +417,83 @@ def train(
     elif world.rank == 0:
         terminal.write(f"{final}\n")
     return 0
+
+
+def _rehearse(terminal: Terminal, config: TrainConfig, device: str) -> int:
+    """`train --dry-run`: what the configurations say at once, then what some steps on the recipe's data take."""
+    with Stages(terminal) as progress:
+        progress.wait("starting")
+        from confu import rehearse
+        from confu.load import find_device, find_dtype
+        from confu.models import load_target_model, target_path
+        from confu.target import Target
+
+        for sentence in config.without_effect():
+            terminal.say(sentence)
+        found = rehearse.plan_facts(config)
+        if not terminal.json:
+            terminal.out.print(facts(found), end="")
+        measured = None
+        if rehearse.weights_at_hand(target_path(config.target, progress=progress)):
+            place = find_device(device)
+            dtype = find_dtype(config.dtype, place)
+            model, tokenizer = load_target_model(config.target, dtype=dtype, device=place, progress=progress)
+            measured = rehearse.measured_facts(config, Target(model), tokenizer, progress=progress)
+    if terminal.json:
+        terminal.document(**found, measured=measured)
+    elif measured is not None:
+        terminal.out.print(facts({"measured": measured}), end="")
+    else:
+        terminal.say("The target's weights are not on this machine, so no step was timed.")
+    return 0
+
+
+@app.command(name="bench-train")
+def bench_train(
+    *,
+    method: str = "eagle3",
+    lengths: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (512, 1024, 2048),
+    batch_tokens: int = 2048,
+    target: TargetName = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    output: Output = OUTPUT,
+) -> None:
+    """Time training steps on synthetic conversations: speed, operations, memory.
+
+    Parameters
+    ----------
+    method
+        eagle3 or confu.
+    lengths
+        Tokens of the conversations, one row of the table each.
+    batch_tokens
+        Tokens of a step.
+    """
+    terminal = output.terminal()
+    with Stages(terminal) as progress:
+        progress.wait("starting")
+        from confu import rehearse
+        from confu.load import find_device, find_dtype
+        from confu.models import DEFAULT_TARGET, load_target_model
+        from confu.target import Target
+
+        place = find_device(device)
+        precision = find_dtype(dtype, place)
+        config = TrainConfig(
+            method,
+            out="",
+            data=("synthetic",),
+            target=target or DEFAULT_TARGET,
+            init="synthetic" if method == "confu" else None,
+            batch_tokens=batch_tokens,
+            dtype=str(precision).removeprefix("torch."),
+        )
+        model, _ = load_target_model(config.target, dtype=precision, device=place, progress=progress)
+        progress("timing steps", None)
+        rows = rehearse.bench(config, Target(model), list(lengths))
+    if terminal.json:
+        names = {"method": method, "target": config.target, "dtype": config.dtype, "device": place}
+        terminal.document(**names, lengths=[dataclasses.asdict(row) for row in rows])
+    else:
+        terminal.out.print(throughput_view(rows))

@@ -23,10 +23,20 @@ def step_plan(
         yield list(islice(plan, accumulate))
 
 
+def micro_batches_per_epoch(documents: Sequence[Document], *, batch_tokens: int, seed: int) -> int:
+    """How many micro-batches the first epoch has; others differ a little, as documents fall together otherwise."""
+    return len(_epoch(documents, batch_tokens, seed, 0))
+
+
 def _micro_batches(documents: Sequence[Document], batch_tokens: int, seed: int, start: int) -> Iterator[list[int]]:
     epoch, seen = 0, 0
     while True:
-        plan = _epoch_plan(list(documents), batch_tokens, torch.Generator().manual_seed(seed * 100_003 + epoch))
+        plan = _epoch(documents, batch_tokens, seed, epoch)
         yield from plan[max(0, start - seen) :]
         seen += len(plan)
         epoch += 1
+
+
+def _epoch(documents: Sequence[Document], batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    return _epoch_plan(documents, batch_tokens, generator)  # type: ignore[bad-argument-type]

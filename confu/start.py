@@ -41,35 +41,50 @@ def overruled(config: TrainConfig, draft: DraftModel) -> list[str]:
 
 def new_eagle3(config: TrainConfig, target: Target, corpus: Corpus) -> DraftModel:
     """An untrained draft: vocabulary by frequency (ties by id), head and final norm from the target's."""
-    text_config: Any = target.model.config.get_text_config()
+    config_of_draft = eagle3_config(config, target, corpus.fingerprint)
     counts = corpus.token_counts(target.vocab_size)
-    size = min(config.draft_vocab_size, target.vocab_size)
     order = torch.sort(counts, descending=True, stable=True).indices
-    ids = order[:size].sort().values
-    draft = DraftModel(
-        DraftConfig(
-            method="eagle3",
-            target=config.target,
-            hidden_size=target.hidden_size,
-            intermediate_size=text_config.intermediate_size,
-            num_attention_heads=text_config.num_attention_heads,
-            num_key_value_heads=target.num_kv_heads,
-            head_dim=target.head_dim,
-            vocab_size=target.vocab_size,
-            draft_vocab_size=size,
-            num_target_layers=target.num_layers,
-            feature_layers=target.feature_layers,
-            max_position_embeddings=target.max_positions,
-            rope_parameters=dict(text_config.rope_parameters),
-            rms_norm_eps=getattr(text_config, "rms_norm_eps", 1e-5),
-            vocabulary_fingerprint=corpus.fingerprint,
-        )
-    )
+    ids = order[: config_of_draft.draft_vocab_size].sort().values
+    draft = DraftModel(config_of_draft)
     with torch.no_grad():
         draft.set_vocabulary(ids)
         draft.lm_head.weight.copy_(target.head_weight[ids])
     _start_from_last_layer(draft, target)
     return draft
+
+
+def eagle3_config(config: TrainConfig, target: Target, fingerprint: str = "") -> DraftConfig:
+    """Sizes of a new draft: the target's own, but for the vocabulary."""
+    text_config: Any = target.model.config.get_text_config()
+    return DraftConfig(
+        method="eagle3",
+        target=config.target,
+        hidden_size=target.hidden_size,
+        intermediate_size=text_config.intermediate_size,
+        num_attention_heads=text_config.num_attention_heads,
+        num_key_value_heads=target.num_kv_heads,
+        head_dim=target.head_dim,
+        vocab_size=target.vocab_size,
+        draft_vocab_size=min(config.draft_vocab_size, target.vocab_size),
+        num_target_layers=target.num_layers,
+        feature_layers=target.feature_layers,
+        max_position_embeddings=target.max_positions,
+        rope_parameters=dict(text_config.rope_parameters),
+        rms_norm_eps=getattr(text_config, "rms_norm_eps", 1e-5),
+        vocabulary_fingerprint=fingerprint,
+    )
+
+
+def confu_config(config: TrainConfig, source: DraftConfig) -> DraftConfig:
+    """Sizes of ConFu around an EAGLE-3 draft."""
+    return dataclasses.replace(
+        source,
+        method="confu",
+        num_soft_prompts=config.num_soft_prompts,
+        num_experts=config.num_experts,
+        top_experts=config.top_experts,
+        replication=config.replication,
+    )
 
 
 @torch.no_grad()
@@ -95,16 +110,7 @@ def _start_from_last_layer(draft: DraftModel, target: Target) -> None:
 def add_contemplation(source: DraftModel, config: TrainConfig, target: Target, corpus: Corpus) -> DraftModel:
     """ConFu around a trained EAGLE-3 draft: soft prompts start as the target's keys and values of real tokens, experts
     as embeddings of real tokens plus small noise (METHOD 4)."""
-    draft = DraftModel(
-        dataclasses.replace(
-            source.config,
-            method="confu",
-            num_soft_prompts=config.num_soft_prompts,
-            num_experts=config.num_experts,
-            top_experts=config.top_experts,
-            replication=config.replication,
-        )
-    )
+    draft = DraftModel(confu_config(config, source.config))
     draft.load_state_dict(source.state_dict(), strict=False)  # every EAGLE-3 weight; the new ones are set below
     generator = torch.Generator().manual_seed(config.seed)
     frequent = corpus.token_counts(target.vocab_size).argsort(descending=True, stable=True)[:1000]

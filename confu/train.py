@@ -7,8 +7,6 @@ anchors depend on seed and step alone, so a resumed run is the same run.
 from __future__ import annotations
 
 import dataclasses
-import platform
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ from confu.config import TrainConfig
 from confu.data import Corpus, read_corpus
 from confu.evaluate import Evaluation, Evaluator, held_out_prompts
 from confu.features import FeatureStore
-from confu.optimise import Trainer
+from confu.optimise import Trainer, reuse_freed_memory
 from confu.parallel import ALONE, World
 from confu.runs import Interrupts, Position, Run
 from confu.schedule import step_plan
@@ -64,7 +62,7 @@ def train(
     """
     run = Run(config, resume=resume, writes=world.rank == 0)
     _check_share(config, world)
-    _reuse_freed_memory()
+    reuse_freed_memory()
     torch.manual_seed(config.seed)
 
     # 1. data
@@ -74,7 +72,6 @@ def train(
         max_length=config.max_length,
         progress=lambda fraction: progress("tokenising", fraction),
     )
-    store = _open_store(config, corpus, target, world, notice) if config.features == "cache" else None
     evaluator = None
     if config.evaluate_every:
         evaluator = Evaluator(config, target, held_out_prompts(config, tokenizer, corpus, target, notice))
@@ -82,6 +79,7 @@ def train(
     draft = start_draft(config, target, corpus).to(target.device).train()
     for sentence in (*config.without_effect(), *overruled(config, draft)):
         notice(sentence)
+    store = _open_store(config, corpus, target, world, notice) if config.features == "cache" else None
     trainer = Trainer(config, target, draft, corpus.documents, store, world)
     at = run.begin(trainer, corpus)
     world.agree(draft)
@@ -168,13 +166,3 @@ def _summary(at: Position) -> Report:
         sum(w.num_supervised for w in at.window) / at.seconds,
         at.tokens_seen,
     )
-
-
-def _reuse_freed_memory() -> None:
-    """Let glibc keep large freed blocks instead of returning them to the kernel: page faults took half of a step."""
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        import ctypes
-
-        libc = ctypes.CDLL(None)
-        for option, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX: never mmap; M_TRIM_THRESHOLD: never trim
-            libc.mallopt(option, value)
