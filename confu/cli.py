@@ -21,7 +21,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 
 from confu import __version__
 from confu.config import SamplingConfig, TrainConfig, TreeConfig, load_toml
-from confu.models import ModelUnavailable
+from confu.models import DEFAULT_TARGET, ModelUnavailable
 from confu.terminal import Stages, Terminal, TrainingBoard, read_prompt
 from confu.view import TokenView, facts, lossless_view, summary, throughput_view
 
@@ -406,8 +406,12 @@ def train(
             )
         except KeyboardInterrupt:
             board.close()
+            if world.rank > 0:
+                return INTERRUPTED
             if not (Path(config.out) / "checkpoint.pt").exists():
                 raise
+            if world.size > 1:
+                return _complain("interrupted; go on with the same command and --resume.", INTERRUPTED)
             argv = [word for word in sys.argv[1:] if word != "--resume"]
             return _complain(f"interrupted; go on with: confu {shlex.join([*argv, '--resume'])}", INTERRUPTED)
         finally:
@@ -454,7 +458,7 @@ def bench_train(
     method: str = "eagle3",
     lengths: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (512, 1024, 2048),
     batch_tokens: int = 2048,
-    target: TargetName = None,
+    target: Annotated[str, Parameter(group=MODEL, help="Target: name, folder or Hub id.")] = DEFAULT_TARGET,
     dtype: Dtype = "auto",
     device: Device = "auto",
     output: Output = OUTPUT,
@@ -475,7 +479,7 @@ def bench_train(
         progress.wait("starting")
         from confu import rehearse
         from confu.load import find_device, find_dtype
-        from confu.models import DEFAULT_TARGET, load_target_model
+        from confu.models import load_target_model
         from confu.target import Target
 
         place = find_device(device)
@@ -484,7 +488,7 @@ def bench_train(
             method,
             out="",
             data=("synthetic",),
-            target=target or DEFAULT_TARGET,
+            target=target,
             init="synthetic" if method == "confu" else None,
             batch_tokens=batch_tokens,
             dtype=str(precision).removeprefix("torch."),

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from confu.drafter import TreeDrafter
 from confu.generate import Decoder
 from confu.objective import losses
 from confu.optimise import Trainer, parameter_groups, set_learning_rates
+from confu.parallel import World
+from confu.runs import Interrupts
 from confu.start import add_contemplation, new_eagle3
 from confu.stats import Stats
 from confu.train import train
@@ -367,6 +370,53 @@ def test_run_that_stopped_before_its_first_checkpoint_can_be_had(short, target, 
         train(config, target, TOKENIZER, resume=True)
     except ValueError:
         train(config, target, TOKENIZER)
+
+
+class Together(World):
+    """One of two processes; whether the other one was told to stop is known."""
+
+    other = False
+
+    def any(self, flag: bool) -> bool:
+        return flag or self.other
+
+
+def take_steps(world: World, finished: list[int], *, told_before: int | None = None, told_in: int | None = None):
+    """Three steps, and Ctrl-C before or in one of them."""
+    with Interrupts(world) as interrupts:
+        for step in range(3):
+            if step == told_before:
+                signal.raise_signal(signal.SIGINT)
+            with interrupts.postponed():
+                if step == told_in:
+                    signal.raise_signal(signal.SIGINT)
+                finished.append(step)
+
+
+@pytest.mark.parametrize(
+    ("world", "told", "expected"),
+    [
+        (World(), {"told_in": 1}, [0, 1]),  # the step ends first
+        (World(), {"told_before": 1}, [0]),  # at once
+        (Together(0, 2), {"told_in": 1}, [0, 1]),
+        (Together(0, 2), {"told_before": 1}, [0, 1]),  # the other process is in that step already
+    ],
+)
+def test_interrupt_never_cuts_a_step_in_two(world, told, expected):
+    finished = []
+    with pytest.raises(KeyboardInterrupt):
+        take_steps(world, finished, **told)
+    assert finished == expected
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)  # the former handler is back
+
+
+def test_processes_stop_after_the_same_step(monkeypatch):
+    monkeypatch.setattr(Together, "other", True)
+    finished = []
+    with pytest.raises(KeyboardInterrupt):
+        take_steps(Together(0, 2), finished)
+    assert finished == [0]
 
 
 def test_resume_with_another_recipe_is_refused(short, target, tmp_path, monkeypatch):
