@@ -1,10 +1,12 @@
-"""Render committed rows as Markdown tables into README.md and docs/log.md, between their markers.
+"""Render committed rows as Markdown tables into README.md and docs/*.md, between their markers.
 
     python benchmarks/table.py            # rewrite the files
     python benchmarks/table.py --check    # exit 1 when a file does not show today's rows
 
-``<!-- tau:NAME -->`` ... ``<!-- /tau -->`` is filled from benchmarks/results/NAME, and
-``<!-- runs:A,B,... -->`` ... ``<!-- /runs -->`` from benchmarks/results/training/A.jsonl and the others.
+``<!-- tau:NAME -->`` ... ``<!-- /tau -->`` is filled from benchmarks/results/NAME,
+``<!-- runs:A,B,... -->`` ... ``<!-- /runs -->`` from the runs A, B, ..., and ``<!-- training-table -->`` ...
+``<!-- /training-table -->`` from all runs that are folders. A run is benchmarks/results/training/A.jsonl, or a folder
+A there with config.json, metrics.jsonl and, if there is something to say, a line in note.txt.
 """
 
 from __future__ import annotations
@@ -16,18 +18,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from confu.report import read_metrics, read_run, summary
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TAU = re.compile(r"(<!-- tau:([\w-]+) -->\n).*?(<!-- /tau -->)", re.DOTALL)
 RUNS = re.compile(r"(<!-- runs:([\w,-]+) -->\n).*?(<!-- /runs -->)", re.DOTALL)
+TRAINING = re.compile(r"(<!-- training-table -->\n).*?(<!-- /training-table -->)", re.DOTALL)
 
 
 def main() -> int:
     stale = []
-    for path in (ROOT / "README.md", ROOT / "docs" / "log.md"):
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         old = path.read_text(encoding="utf-8")
         new = TAU.sub(lambda found: found[1] + table(RESULTS / found[2]) + found[3], old)
         new = RUNS.sub(lambda found: found[1] + runs(found[2].split(",")) + found[3], new)
+        new = TRAINING.sub(lambda found: found[1] + training() + found[2], new)
         if new != old:
             stale.append(path)
             if "--check" not in sys.argv:
@@ -68,7 +74,7 @@ def table(folder: Path) -> str:
 def runs(names: list[str]) -> str:
     """KL and accuracy of the first and the fourth draft step in training runs, averaged over a quarter of the steps
     that all of them reached. Runs of one table see the same batches, so they may be compared pair by pair."""
-    reports = {name: read_rows(RESULTS / "training" / f"{name}.jsonl") for name in names}
+    reports = {name: read_metrics(metrics_of(name))[0] for name in names}
     last = min(rows[-1]["step"] for rows in reports.values())
     lines = [
         "| run | steps | loss | KL, step 1 | KL, step 4 | accuracy, step 1 | accuracy, step 4 |",
@@ -81,6 +87,46 @@ def runs(names: list[str]) -> str:
             cells = " | ".join(f"{sum(column) / len(column):.3f}" for column in zip(*numbers, strict=True))
             lines.append(f"| {name} | {mine[0]['step']} to {mine[-1]['step']} | {cells} |")
     return "\n".join(lines) + "\n"
+
+
+def training() -> str:
+    """Every training run that is a folder, in the order of names; an empty cell is a fact that the run has not."""
+    lines = [
+        "| run | method | from | f | steps | supervised tokens | loss | accuracy by draft step | best tau | note |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for metrics in sorted((RESULTS / "training").glob("*/metrics.jsonl")):
+        run = read_run(metrics.parent)
+        found, note = summary(run), metrics.parent / "note.txt"
+        cells = [
+            found["name"],
+            found["method"],
+            origin(found["init"]),
+            run.config.get("future_form", "") if found["method"] == "confu" else "",
+            f"{found['step']:,}",
+            f"{found['tokens_seen']:,}",
+            f"{found['loss']:.3f}",
+            " ".join(f"{rate:.3f}" for rate in found["accuracy"]),
+            f"{found['best']['tau']:.3f}" if found["best"] else "",
+            " ".join(note.read_text(encoding="utf-8").split()) if note.exists() else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Loss and accuracies are means over the last tenth of a run's reports. The loss sums over the draft steps, so "
+        "it compares only where their number is the same. Tau is tokens per round on the run's own evaluation prompts.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def origin(init: str | None) -> str:
+    """The draft that a run began from, by the name of its own run."""
+    return next(part for part in reversed(Path(init).parts) if part not in ("final", "best")) if init else "scratch"
+
+
+def metrics_of(name: str) -> Path:
+    folder = RESULTS / "training" / name
+    return folder / "metrics.jsonl" if folder.is_dir() else folder.with_name(f"{name}.jsonl")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from confu.track import TRACKERS
+
 T = TypeVar("T")
+
+FUTURE_FORMS = ("row", "kv", "input", "fuse")
+"""How f enters the draft layer (METHOD 8 and docs/training.md): a row of its own, keys and values projected from it, a
+third input of every row, or an addition to the fused features."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,35 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class RegenerateConfig:
+    """How the target answers the prompts of training data anew."""
+
+    max_new_tokens: int = 512
+    """Most tokens of an answer; one that is cut off ends its conversation."""
+    temperature: float = 0.0
+    """Temperature of sampled answers; 0 makes every answer greedy."""
+    greedy_share: float = 0.0
+    """Share of the rows that are answered greedily nevertheless; a row's id decides."""
+    seed: int = 0
+    """Seed of the draws and of the choice of greedy rows."""
+    batch_size: int = 16
+    """Rows decoded together; sampled answers depend on it."""
+    max_failed: float = 0.1
+    """Stop when more than this share of the rows has failed, once 20 have."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_size"):
+            _at_least(self, name, 1)
+        for name in ("temperature", "seed"):
+            _at_least(self, name, 0)
+        for name in ("greedy_share", "max_failed"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a number from 0 to 1.")
+        if self.greedy_share and self.temperature == 0:
+            raise ValueError("greedy_share has no effect at temperature 0; give a temperature, or leave it out.")
+
+
+@dataclass(frozen=True)
 class DraftConfig:
     """Architecture of a draft and of the target it belongs to; saved as ``config.json`` beside the weights."""
 
@@ -114,6 +149,8 @@ class DraftConfig:
     """Experts kept by the router (K)."""
     replication: int = 0
     """Draft rows that one future prediction serves (l)."""
+    future_form: str = "row"
+    """How f enters the draft layer: ``row``, ``kv``, ``input`` or ``fuse`` (ConFu; see `DraftModel`)."""
     vocabulary_fingerprint: str = ""
     """SHA-256 of the data files whose token counts chose the draft vocabulary."""
 
@@ -131,6 +168,11 @@ class DraftConfig:
                 _at_least(self, name, 1)
             if self.top_experts > self.num_experts:
                 raise ValueError(f"top_experts is {self.top_experts}, more than the {self.num_experts} experts.")
+        _one_of(self, "future_form", FUTURE_FORMS)
+
+    def future_is(self, *forms: str) -> bool:
+        """Whether this is a ConFu draft whose f enters in one of these forms."""
+        return self.method == "confu" and self.future_form in forms
 
 
 CONFU_SETTINGS = [
@@ -164,6 +206,8 @@ class TrainConfig:
     """Draft to start from; ConFu starts from a trained EAGLE-3 draft."""
     draft_vocab_size: int = 8192
     """Draft vocabulary U when a new one is counted."""
+    keep_vocabulary: bool = False
+    """Go on with the vocabulary of ``init`` even where it was counted on other data."""
     steps: int = 1000
     """Optimiser steps."""
     batch_tokens: int = 4096
@@ -194,6 +238,8 @@ class TrainConfig:
     """Experts kept by the router."""
     replication: int = 8
     """Rows served by one anchor (l); about one anchor in l rows is drawn."""
+    future_form: str = "fuse"
+    """How f enters the draft layer: ``row``, ``kv``, ``input`` or ``fuse``."""
     max_router_lag: int = 7
     """An anchor is routed by the state of a position 1 to this many steps before it."""
     seed: int = 0
@@ -202,6 +248,8 @@ class TrainConfig:
     """Compute type of the target and of autocast; master weights stay float32."""
     shard_target: bool = False
     """Spread the target's layers over torchrun's processes (FSDP), for a target that does not fit on one device."""
+    track: str | None = None
+    """Tracker that gets the rows of metrics.jsonl, too: ``trackio``, ``wandb`` or ``tensorboard``."""
     features: str = "online"
     """``online`` runs the target every step; ``cache`` only in the first epoch, keeping its states on disk (eagle3)."""
     feature_store: str | None = None
@@ -249,10 +297,13 @@ class TrainConfig:
         for name in ("warmup", "step_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number from 0 to 1.")
+        _one_of(self, "future_form", FUTURE_FORMS)
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype is {self.dtype!r}; train in 'bfloat16' or 'float32'.")
         if self.top_experts > self.num_experts:
             raise ValueError(f"top_experts is {self.top_experts}, more than the {self.num_experts} experts.")
+        if self.track is not None:
+            _one_of(self, "track", TRACKERS)
         if self.evaluate_every and self.eval_prompts is None:
             raise ValueError(
                 f"evaluate_every is {self.evaluate_every}, but eval_prompts names no file; give a JSONL file of "
@@ -278,6 +329,7 @@ class TrainConfig:
         kinds = {
             "in an eagle3 run": () if self.method == "confu" else CONFU_SETTINGS,
             "with init, whose draft brings its own vocabulary": ("draft_vocab_size",) if self.init else (),
+            "without init": () if self.init else ("keep_vocabulary",),
             "with evaluate_every = 0": () if self.evaluate_every else EVAL_SETTINGS,
             "with features = 'online'": ("feature_store",) if self.features == "online" else (),
         }
@@ -349,6 +401,12 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         if origin in (str, bool, dict, type(None)) and isinstance(value, origin):
             return value
     raise ValueError(f"{where} is {value!r}; expected {getattr(hint, '__name__', hint)}.")
+
+
+def _one_of(config: Any, name: str, allowed: tuple[str, ...]) -> None:
+    value = getattr(config, name)
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; give one of {', '.join(allowed)}.")
 
 
 def _at_least(config: Any, name: str, low: float) -> None:

@@ -43,7 +43,14 @@ class Contemplation(nn.Module):
         self.soft_keys = nn.Parameter(torch.zeros(soft))
         self.soft_values = nn.Parameter(torch.zeros(soft))
         self.con = Mixture(3 * width, width, experts, top)
-        self.future = Mixture(width, width, experts, top)
+        form = config.future_form
+        if form == "row":
+            self.future = Mixture(width, width, experts, top)
+        elif form == "kv":
+            self.future_kv = nn.Linear(3 * width, 2 * config.num_key_value_heads * config.head_dim, bias=False)
+        else:  # starts at zero: the draft begins as the EAGLE-3 draft it is built around
+            self.future_fc = nn.Linear(3 * width, width, bias=False)
+            nn.init.zeros_(self.future_fc.weight)
 
 
 def tree_rows_mask(ancestors: Bool[Tensor, "B N N"], con_nodes: Int[Tensor, "B C"]) -> Bool[Tensor, "B N+C N+C"]:

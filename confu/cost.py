@@ -59,17 +59,18 @@ def step_flops(target: Target, draft: DraftConfig, spans: Int[Tensor, " T"], ttt
     attention = 4 * head  # per row and key, target and draft alike
     triangle = num_tokens * (num_tokens + 1) / 2
 
-    # Fusion reads constants: no gradient of its input. Half of what queries, keys and values read is the embedding,
-    # a constant too.
-    key_value = 2 * (2 * width) * (2 * draft.num_key_value_heads * draft.head_dim)
-    query = 2 * (2 * width) * head
+    # Fusion reads constants: no gradient of its input. Of what queries, keys and values read, the embedding is one.
+    row = 3 * width if draft.future_is("input") else 2 * width
+    projected = 2 + (row - width) / row  # forward, weights, and the part of the input that is no constant
+    key_value = 2 * row * (2 * draft.num_key_value_heads * draft.head_dim)
+    query = 2 * row * head
     rest = 2 * width * (head + 3 * draft.intermediate_size)
     fusion = 2 * 3 * width * width
-    drafted = num_tokens * (2 * fusion + 2.5 * key_value)
+    drafted = num_tokens * (2 * fusion + projected * key_value)
     for step, counted in enumerate(supervised):
         rows = int(counted.sum())
         keys = int((counted.nonzero() + 1).sum()) + step * rows
-        drafted += rows * (2.5 * (query + (key_value if step else 0)) + 3 * rest) + 3 * attention * keys
+        drafted += rows * (projected * (query + (key_value if step else 0)) + 3 * rest) + 3 * attention * keys
 
     contemplated = 0.0
     if draft.method == "confu" and num_taught:
@@ -78,8 +79,11 @@ def step_flops(target: Target, draft: DraftConfig, spans: Int[Tensor, " T"], ttt
         own = draft.num_soft_prompts + 1  # keys whose own gradient is needed, too: soft prompts and the row itself
         constant = int((anchors + 1).sum())
         contemplated = num_layers * (2 * len(anchors) * 2 * layer + attention * (2 * constant + 3 * len(anchors) * own))
-        drafted += len(anchors) * 3 * (fusion + key_value)
-        drafted += 3 * attention * int(supervised.sum())  # every row of every step sees one [f] row
+        # How f enters: through the layer as a row, projected to keys and values, or to the layer's width.
+        entry = {"row": fusion + key_value, "kv": 3 * key_value / 2}.get(draft.future_form, fusion)
+        drafted += 3 * len(anchors) * entry
+        if draft.future_is("row", "kv"):
+            drafted += 3 * attention * int(supervised.sum())  # every row of every step sees one more key
 
     vocabulary = 2 * width * draft.draft_vocab_size
     return StepFlops(

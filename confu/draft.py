@@ -36,14 +36,15 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections of the draft's attention; queries, keys and values read rows of width 2D."""
+    """Projections of the draft's attention; queries, keys and values read rows of width 2D, or 3D with f as input."""
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
         width, head = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(2 * width, config.num_attention_heads * head, bias=False)
-        self.k_proj = nn.Linear(2 * width, config.num_key_value_heads * head, bias=False)
-        self.v_proj = nn.Linear(2 * width, config.num_key_value_heads * head, bias=False)
+        row = 3 * width if config.future_is("input") else 2 * width
+        self.q_proj = nn.Linear(row, config.num_attention_heads * head, bias=False)
+        self.k_proj = nn.Linear(row, config.num_key_value_heads * head, bias=False)
+        self.v_proj = nn.Linear(row, config.num_key_value_heads * head, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * head, width, bias=False)
 
 
@@ -69,10 +70,17 @@ class Layer(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = Norm(width, eps)
         self.mlp = Mlp(config)
+        if config.future_is("input"):
+            self.future_norm = Norm(width, eps)
 
 
 class DraftModel(nn.Module):
     """EAGLE-3 draft; with ``config.method == "confu"`` it also owns the target-side and draft-side future weights.
+
+    The future prediction f of an anchor enters in one of four forms (METHOD 4 and 8). ``row`` and ``kv`` give every row
+    that the anchor serves one more key and value: those of a row (expert embedding, W_fc f), or projected from f alone.
+    ``fuse`` and ``input`` change the rows themselves: fused features W_fc h + W_f f, or a third input of queries, keys
+    and values that stays the same over the draft's steps. Zero f in these two is EAGLE-3.
 
     Token embeddings are the target's and are passed in. ``d2t`` is an offset: target id = draft id + d2t[draft id].
     """
@@ -96,26 +104,49 @@ class DraftModel(nn.Module):
         """g = W_fc h: target features to draft width. Never applied to the draft's own recycled state."""
         return self.fc(features)
 
-    def row(self, embedding: Float[Tensor, "... D"], hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... D2"]:
-        """Input of the attention projections: normed embedding first, normed hidden second."""
-        layer = self.midlayer
-        return torch.cat([layer.input_layernorm(embedding), layer.hidden_norm(hidden)], dim=-1)
+    def enter(
+        self, fused: Float[Tensor, "... D"], future: Float[Tensor, "... D3"] | None
+    ) -> tuple[Float[Tensor, "... D"], Float[Tensor, "... D"] | None]:
+        """Hidden input and third input of rows that f serves (0 where it serves none): g + W_f f and nothing (fuse),
+        g and W_f f (input), g and nothing for every other draft."""
+        if future is not None and self.config.future_is("fuse", "input"):
+            assert self.contemplation is not None
+            looked = self.contemplation.future_fc(future)
+            return (fused + looked, None) if self.config.future_is("fuse") else (fused, looked)
+        return fused, None
 
-    def queries(self, row: Float[Tensor, "B R D2"], positions: Int[Tensor, "B R"]) -> Float[Tensor, "B H R head"]:
+    def row(
+        self,
+        embedding: Float[Tensor, "... D"],
+        hidden: Float[Tensor, "... D"],
+        ahead: Float[Tensor, "... D"] | None = None,
+    ) -> Float[Tensor, "... Dn"]:
+        """Input of the attention projections: normed embedding first, normed hidden second, in form ``input`` the
+        normed W_f f third (zero when there is none)."""
+        layer = self.midlayer
+        parts = [layer.input_layernorm(embedding), layer.hidden_norm(hidden)]
+        if self.config.future_is("input"):
+            parts.append(torch.zeros_like(parts[1]) if ahead is None else layer.future_norm(ahead))
+        return torch.cat(parts, dim=-1)
+
+    def queries(self, row: Float[Tensor, "B R Dn"], positions: Int[Tensor, "B R"]) -> Float[Tensor, "B H R head"]:
         return self._rotate(self._heads(self.midlayer.self_attn.q_proj(row)), positions)
 
     def keys_values(
-        self, row: Float[Tensor, "B R D2"], positions: Int[Tensor, "B R"]
+        self, row: Float[Tensor, "B R Dn"], positions: Int[Tensor, "B R"]
     ) -> tuple[Float[Tensor, "B G R head"], Float[Tensor, "B G R head"]]:
         attention = self.midlayer.self_attn
         return self._rotate(self._heads(attention.k_proj(row)), positions), self._heads(attention.v_proj(row))
 
-    def future_row(
+    def future_slot(
         self, future: Float[Tensor, "B R D3"], states: Float[Tensor, "B R D"], anchors: Int[Tensor, "B R"]
     ) -> tuple[Float[Tensor, "B G R head"], Float[Tensor, "B G R head"]]:
-        """Keys and values of the [f] rows: experts routed by g of the anchor token (``states``), hidden W_fc f,
-        position one past the anchor."""
+        """Keys and values that f adds, at the position one past its anchor. ``row``: experts routed by g of the anchor
+        token (``states``) and W_fc f, through the layer's projections; ``kv``: projected from f."""
         assert self.contemplation is not None
+        if self.config.future_is("kv"):
+            keys, values = self._heads(self.contemplation.future_kv(future)).chunk(2, dim=1)
+            return self._rotate(keys, anchors + 1), values
         row = self.row(self.contemplation.future(states).to(states.dtype), self.fuse(future))
         return self.keys_values(row, anchors + 1)
 

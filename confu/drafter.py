@@ -34,9 +34,10 @@ class Accepted:
     """The token after the last real row, not yet in the cache: the next tree's root."""
     features: Float[Tensor, "B M D3"]
     """Captured target states h of the rows."""
-    future: Float[Tensor, "B D3"] | None = None
-    """Future prediction f of one of the rows; None when nothing contemplates."""
-    anchors: Int[Tensor, " B"] | None = None
+    future: Float[Tensor, "B M D3"] | None = None
+    """Future prediction f as each row reads it: its own, or its nearest contemplated ancestor's. None when nothing
+    contemplates. The tree that grows from the last real row reads that row's."""
+    anchors: Int[Tensor, "B M"] | None = None
     """Index, among the M rows, of the token that f follows."""
 
 
@@ -76,11 +77,13 @@ def check_fit(config: DraftConfig, target: Target) -> None:
 
 
 class TreeState:
-    """KV cache of the draft layer (soft slot 0 holds the [f] row), and the root row's output, from which trees grow."""
+    """KV cache of the draft layer (soft slot 0 holds what f adds), the root row's output, from which trees grow, and
+    the third input that f gives all rows of the tree (form ``input``)."""
 
     def __init__(self, cache: KVCache, root: Tensor, out: Tensor) -> None:
         self.cache, self.root, self.out = cache, root, out
-        self.has_future = False
+        self.ahead: Tensor | None = None  # [B, 1, D]
+        self.has_slot = False
 
     @property
     def lengths(self) -> list[int]:
@@ -92,10 +95,11 @@ class TreeState:
     def select(self, sequences: list[int]) -> None:
         self.cache.select(sequences)
         self.root, self.out = self.root[sequences], self.out[sequences]
+        self.ahead = self.ahead[sequences] if self.ahead is not None else None
 
 
 class TreeDrafter:
-    """The EAGLE-3 network, or ConFu's when the draft contemplates: one code path, the future row is its only branch."""
+    """The EAGLE-3 network, or ConFu's when the draft contemplates: one code path, f is its only branch."""
 
     def __init__(self, draft: DraftModel, target: Target) -> None:
         check_fit(draft.config, target)
@@ -130,22 +134,23 @@ class TreeDrafter:
         num_rows = accepted.tokens.shape[1]
 
         following = accepted.tokens.roll(-1, dims=1).scatter(1, last, accepted.next_tokens[:, None])
-        fused = draft.fuse(accepted.features)  # [B, M, D]
-        row = draft.row(self.target.embed(following), fused)
         positions = cache.lengths_tensor()[:, None] + torch.arange(num_rows, device=device)
+        fused = draft.fuse(accepted.features)  # [B, M, D]
+        state.has_slot = accepted.future is not None and draft.config.future_is("row", "kv")
+        if state.has_slot and accepted.future is not None and accepted.anchors is not None:
+            anchor = accepted.anchors.gather(1, last)
+            slot = draft.future_slot(take(accepted.future, last), take(fused, anchor), positions.gather(1, anchor))
+            cache.write_soft(slot[0][None], slot[1][None])
+        hidden, ahead = draft.enter(fused, accepted.future)
+        row = draft.row(self.target.embed(following), hidden, ahead)
+        state.ahead = take(ahead, last) if ahead is not None else None
 
-        state.has_future = accepted.future is not None
-        if accepted.future is not None and accepted.anchors is not None:
-            anchor = accepted.anchors[:, None]
-            keys, values = draft.future_row(accepted.future[:, None], take(fused, anchor), positions.gather(1, anchor))
-            cache.write_soft(keys[None], values[None])
-
-        cache.open_rows(num_rows, with_soft=state.has_future)
+        cache.open_rows(num_rows, with_soft=state.has_slot)
         keys, values = cache.update(*draft.keys_values(row, positions), 0)
         visible = torch.arange(num_rows, device=device) <= last[:, :, None]  # [B, 1, M]
         queries = draft.queries(take(row, last), positions.gather(1, last))
         attended = attend(queries, keys, values, self._mask(state, visible))
-        state.out = draft.finish(take(fused, last), attended)[:, 0]
+        state.out = draft.finish(take(hidden, last), attended)[:, 0]
         state.root = accepted.next_tokens
         cache.advance(counts)
 
@@ -184,15 +189,16 @@ class TreeDrafter:
         """One draft forward over the frontier: its rows see the prefix, their own ancestors, themselves and f."""
         draft, cache = self.draft, state.cache
         width = hidden.shape[1]
-        row = draft.row(self.target.embed(frontier.tokens), hidden)
-        cache.open_rows(width, offset=reach.shape[2] - width, with_soft=state.has_future)
+        ahead = state.ahead.expand_as(hidden) if state.ahead is not None else None
+        row = draft.row(self.target.embed(frontier.tokens), hidden, ahead)
+        cache.open_rows(width, offset=reach.shape[2] - width, with_soft=state.has_slot)
         keys, values = cache.update(*draft.keys_values(row, positions), 0)
         attended = attend(draft.queries(row, positions), keys, values, self._mask(state, reach))
         return draft.finish(hidden, attended)
 
     def _mask(self, state: TreeState, rows: Tensor) -> Tensor:
         everyone = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
-        return state.cache.row_mask(rows, with_soft=everyone if state.has_future else False)
+        return state.cache.row_mask(rows, with_soft=everyone if state.has_slot else False)
 
     def _log_probs(self, out: Float[Tensor, "B R D"]) -> Float[Tensor, "B R U"]:
         return self.draft.logits(out).float().log_softmax(dim=-1)

@@ -13,21 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from confu.cache import PrefixCache
+from confu.cache import KVCache, PrefixCache
 from confu.config import SamplingConfig, TrainConfig, TreeConfig
 from confu.data import Corpus
 from confu.draft import DraftModel
 from confu.drafter import TreeDrafter
 from confu.generate import Decoder
 from confu.load import encode_chat
-from confu.objective import Anchors, Rows, contemplate, unroll
+from confu.objective import Anchors, Future, Rows, contemplate, unroll
 from confu.stats import Stats
 from confu.target import Target
-from confu.tree import take
 
 BATCH_SIZE = 16
 
@@ -170,47 +169,63 @@ def simulate_chains(
     ends = torch.tensor([len(prompt) + len(answer) for prompt, answer in texts], device=device)
     cache = target.new_cache(len(texts), width) if draft.contemplation else None
     features, _ = target.teach(tokens, cache)
-    prefix = None
-    if draft.contemplation is not None and cache is not None:
-        prefix = PrefixCache(cache, draft.contemplation.soft_keys, draft.contemplation.soft_values)
+    walk = _Walk(draft, target, tokens, features, cache, depth)
 
     row = torch.tensor([len(prompt) - 1 for prompt, _ in texts], device=device)
-    router = row - 1  # the token before the one that contemplates
+    walk.commit(row, row, row - 1)  # the last prompt token contemplates alone
     stats = Stats(round_lengths=[[] for _ in texts], round_accepted=[[] for _ in texts])
     while (left := ends - row - 2).max() > 0:  # tokens behind the root of the next chain
-        here = row.clamp(max=width - 2)
-        run = _correct_steps(draft, target, tokens, features, prefix, here, router.clamp(min=0), depth)
+        run = walk.correct_steps(row.clamp(max=width - 2))
         kept = torch.minimum(run + 1, left.clamp(min=0))
         for i in (left > 0).nonzero()[:, 0].tolist():
             stats.round_lengths[i].append(int(kept[i]))
             stats.round_accepted[i].append(min(int(kept[i]), int(run[i])))
-        row, router = row + kept, torch.where(left > 0, row, router)
+        walk.commit(row + 1, row + kept, row)  # as the decoder: all nodes routed by the last token before the chain
+        row = row + kept
     return stats
 
 
-def _correct_steps(
-    draft: DraftModel,
-    target: Target,
-    tokens: Int[Tensor, "B T"],
-    features: Tensor,
-    prefix: PrefixCache | None,
-    row: Int[Tensor, " B"],
-    router: Int[Tensor, " B"],
-    depth: int,
-) -> Int[Tensor, " B"]:
-    """How many steps from this row on predict the text's next token, before the first that does not."""
-    batch, width = tokens.shape
-    rows = Rows(row[:, None], torch.ones(depth, batch, 1, dtype=torch.bool, device=tokens.device))
-    future, served_by = None, None
-    if draft.contemplation is not None and prefix is not None:
-        served_by = torch.zeros_like(row)[:, None]
-        anchors = Anchors(row[:, None], router[:, None], served_by)
-        states = contemplate(target, draft.contemplation, prefix, features, anchors)
-        future = draft.future_row(states, draft.fuse(take(features, anchors.position)), anchors.position)
-    outs = unroll(draft, target, tokens, features, rows, future, served_by)
-    correct = []
-    for step, out in enumerate(outs):
-        predicted = draft.target_ids()[draft.logits(out)[:, 0].argmax(-1)]
-        following = tokens.gather(1, (row[:, None] + 2 + step).clamp(max=width - 1))[:, 0]
-        correct.append(predicted == following)
-    return torch.stack(correct).long().cumprod(0).sum(0)
+class _Walk:
+    """The texts that `simulate_chains` walks along, and the f of the rows that it has passed."""
+
+    def __init__(
+        self,
+        draft: DraftModel,
+        target: Target,
+        tokens: Int[Tensor, "B T"],
+        features: Float[Tensor, "B T D3"],
+        cache: KVCache | None,
+        depth: int,
+    ) -> None:
+        self.draft, self.target, self.tokens, self.features, self.depth = draft, target, tokens, features, depth
+        self.place = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        self.prefix, self.future = None, None
+        if draft.contemplation is not None and cache is not None:
+            self.prefix = PrefixCache(cache, draft.contemplation.soft_keys, draft.contemplation.soft_values)
+            nobody = torch.full_like(tokens, -1)
+            self.future = Future(torch.zeros_like(features), Anchors(self.place, self.place, nobody))
+
+    def commit(self, first: Int[Tensor, " B"], last: Int[Tensor, " B"], router: Int[Tensor, " B"]) -> None:
+        """Rows ``first`` to ``last`` get their f, routed by h of ``router``."""
+        if self.future is None or self.prefix is None:
+            return
+        assert self.draft.contemplation is not None
+        rows = first[:, None] + torch.arange(self.depth + 1, device=first.device)
+        new = (rows <= last[:, None]) & (rows < self.tokens.shape[1])
+        rows = rows.clamp(max=self.tokens.shape[1] - 1)
+        anchors = Anchors(rows, router.clamp(min=0)[:, None].expand(rows.shape), rows)
+        states = contemplate(self.target, self.draft.contemplation, self.prefix, self.features, anchors)
+        sequence, place = new.nonzero(as_tuple=True)
+        self.future.states[sequence, rows[sequence, place]] = states[sequence, place]
+        self.future.anchors.served_by[sequence, rows[sequence, place]] = rows[sequence, place]
+
+    def correct_steps(self, row: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
+        """How many steps from this row on predict the text's next token, before the first that does not."""
+        every_step = torch.ones(self.depth, len(row), 1, dtype=torch.bool, device=row.device)
+        rows = Rows(row[:, None], every_step)
+        correct = []
+        for step, out in enumerate(unroll(self.draft, self.target, self.tokens, self.features, rows, self.future)):
+            predicted = self.draft.target_ids()[self.draft.logits(out)[:, 0].argmax(-1)]
+            following = (row[:, None] + 2 + step).clamp(max=self.tokens.shape[1] - 1)
+            correct.append(predicted == self.tokens.gather(1, following)[:, 0])
+        return torch.stack(correct).long().cumprod(0).sum(0)

@@ -350,17 +350,15 @@ class _Running:
 
 
 def _accepted(round_tokens: Tensor, step: Walk, features: Tensor, verified: Verified) -> Accepted:
-    """What the drafter commits. f comes from the last accepted node that carried a contemplate row: the last node
-    itself when all carry one, else its nearest ancestor (METHOD 8; the root always carries one)."""
+    """What the drafter commits. A node without a contemplate row reads f of its nearest ancestor that carried one
+    (METHOD 8; the root always does)."""
     if verified.future is None or verified.con_nodes is None:
         return Accepted(round_tokens, step.counts, step.bonus, features)
-    device = round_tokens.device
-    real = torch.arange(step.path.shape[1], device=device) < torch.tensor(step.counts, device=device)[:, None]
-    matches = (verified.con_nodes[:, :, None] == step.path[:, None, :]) & real[:, None, :]  # [B, C, M]
-    order = torch.arange(1, matches.shape[1] + 1, device=device)
-    chosen = (matches.any(2) * order).argmax(1)[:, None]
-    anchors = matches.gather(1, chosen[:, :, None].expand(-1, -1, matches.shape[2])).float().argmax(2)[:, 0]
-    return Accepted(round_tokens, step.counts, step.bonus, features, take(verified.future, chosen)[:, 0], anchors)
+    carries = verified.con_nodes[:, :, None] == step.path[:, None, :]  # [B, C, M]
+    order = torch.arange(step.path.shape[1], device=round_tokens.device)
+    anchors = (carries.any(1) * order).cummax(1).values
+    contemplated = carries.to(torch.uint8).argmax(1).gather(1, anchors)
+    return Accepted(round_tokens, step.counts, step.bonus, features, take(verified.future, contemplated), anchors)
 
 
 def _best_untaken(tree: Tree, step: Walk) -> list[tuple[int, ...]]:

@@ -104,6 +104,24 @@ def load_target_model(
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
+def load_tokenizer(name_or_path: str, *, progress: Progress | None = None) -> "transformers.PreTrainedTokenizerBase":
+    """The target's tokenizer alone, where its weights are not needed."""
+    path = target_path(name_or_path, progress=progress)
+
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, RuntimeError) as error:
+        logger.debug("loading the tokenizer of %s failed", path, exc_info=True)
+        raise ModelUnavailable(
+            f"the tokenizer of target {path} cannot be loaded ({_first_line(error)}): check the folder, or the "
+            "spelling, the network and, for a gated model, `hf auth login`."
+        ) from error
+    assert tokenizer is not None
+    return tokenizer
+
+
 def draft_path(name_or_path: str) -> Path:
     """The folder of a draft: one shipped with the package, a local one, or one fetched from the Hub."""
     shipped = sorted(config.parent.name for config in SHIPPED_DRAFTS.glob("*/config.json"))

@@ -19,6 +19,7 @@ from confu.cache import PrefixCache
 from confu.contemplate import Contemplation
 from confu.data import Batch
 from confu.draft import DraftModel
+from confu.merged_attention import attend_merged
 from confu.target import Target
 from confu.tree import take
 
@@ -28,7 +29,7 @@ class Rows:
     """The supervised rows of a batch, gathered to the front of each sequence."""
 
     index: Int[Tensor, "B Q"]
-    """Row number i within its sequence; 0 where padded."""
+    """Row number i within its sequence; unsupervised rows where padded. All differ."""
     supervised: Bool[Tensor, "K B Q"]
     """Whether step k of the row counts; a row of step k+1 is one of step k."""
 
@@ -39,8 +40,22 @@ class Anchors:
 
     position: Int[Tensor, "B A"]
     router: Int[Tensor, "B A"]
-    served_by: Int[Tensor, "B Q"]
-    """Index of the latest anchor a with a <= i < a + l; -1 where none reaches the row."""
+    served_by: Int[Tensor, "B T"]
+    """Index of the latest anchor a with a <= i < a + l; -1 where none reaches row i, or nothing is supervised."""
+
+
+@dataclass(frozen=True)
+class Future:
+    """Future predictions of a batch's anchors, and which anchor serves which row."""
+
+    states: Float[Tensor, "B A D3"]
+    """f of the anchors."""
+    anchors: Anchors
+
+    def of_rows(self) -> Float[Tensor, "B T D3"]:
+        """f as each row reads it: that of its anchor, 0 where it has none."""
+        served_by = self.anchors.served_by[:, :, None]
+        return take(self.states, served_by[:, :, 0].clamp(min=0)) * (served_by >= 0)
 
 
 @dataclass(frozen=True)
@@ -95,10 +110,12 @@ def draw_anchors(
         1, num_tokens - 2
     )
     lag = torch.randint(1, max_router_lag + 1, (batch, num_blocks), generator=generator).to(device)
-    distance = rows.index[:, :, None] - position[:, None, :]  # [B, Q, A]
+    distance = torch.arange(num_tokens, device=device)[:, None] - position[:, None, :]  # [B, T, A]
     in_reach = (distance >= 0) & (distance < replication)
     latest = torch.where(in_reach, distance, replication).min(dim=2)
-    served_by = torch.where(latest.values < replication, latest.indices, -1)
+    counts = torch.zeros(batch, num_tokens, dtype=torch.bool, device=device)
+    counts.scatter_reduce_(1, rows.index, valid, "amax")
+    served_by = torch.where(counts & (latest.values < replication), latest.indices, -1)
     return Anchors(position, (position - lag).clamp(min=0), served_by)
 
 
@@ -126,7 +143,7 @@ def losses(
     assert taught is None or cache is None
     features, final = taught if taught is not None else target.teach(tokens, cache)
 
-    future, served_by = None, None
+    future = None
     if draft.contemplation is not None and cache is not None:
         assert generator is not None
         anchors = draw_anchors(
@@ -139,13 +156,12 @@ def losses(
         states = contemplate(target, draft.contemplation, PrefixCache(
             cache, draft.contemplation.soft_keys, draft.contemplation.soft_values
         ), features, anchors)  # fmt: skip
-        fused = draft.fuse(take(features, anchors.position))
-        future, served_by = draft.future_row(states, fused, anchors.position), anchors.served_by
+        future = Future(states, anchors)
 
     valid = rows.supervised[0]
     teachers = take(final, rows.index + 1)[valid]  # [R, D]; flat order is by sequence, then row
     teacher = target.head_rows(teachers, draft.target_ids())  # [R, U]
-    outs = unroll(draft, target, tokens, features, rows, future, served_by)
+    outs = unroll(draft, target, tokens, features, rows, future)
     return _distil(draft, outs, teacher, rows, step_decay, normaliser)
 
 
@@ -180,58 +196,34 @@ def unroll(
     tokens: Int[Tensor, "B T"],
     features: Float[Tensor, "B T D3"],
     rows: Rows,
-    future: tuple[Float[Tensor, "B G A head"], Float[Tensor, "B G A head"]] | None,
-    served_by: Int[Tensor, "B Q"] | None,
+    future: Future | None,
 ) -> list[Float[Tensor, "B Q D"]]:
     """Outputs of the K unrolled steps. Step k attends step-0 keys up to its row, the keys that its own row left in
-    steps 1..k, and the [f] row of the anchor that serves it: all but the first kind are one key per row."""
-    fused = draft.fuse(features)  # [B, T, D]
-    row0 = draft.row(target.embed(tokens.roll(-1, dims=1)), fused)
+    steps 1..k, and the key that the f which serves it adds: all but the first kind are one key per row."""
+    fused, ahead = draft.enter(draft.fuse(features), future.of_rows() if future else None)  # [B, T, D]
+    row0 = draft.row(target.embed(tokens.roll(-1, dims=1)), fused, ahead)
     place = torch.arange(tokens.shape[1], device=tokens.device)
     keys0, values0 = draft.keys_values(row0, place.expand(tokens.shape))
-    causal = place <= rows.index[:, :, None]  # [B, Q, T]
 
     own: list[tuple[Tensor, Tensor, Tensor | None]] = []  # keys, values [B, G, Q, head], visible [B, Q]
-    if future is not None and served_by is not None:
-        index = served_by.clamp(min=0)[:, None, :, None].expand(-1, future[0].shape[1], -1, future[0].shape[3])
-        own.append((future[0].gather(2, index), future[1].gather(2, index), served_by >= 0))
+    if future is not None and draft.config.future_is("row", "kv"):
+        position, served_by = future.anchors.position, future.anchors.served_by.gather(1, rows.index)
+        keys, values = draft.future_slot(future.states, draft.fuse(take(features, position)), position)
+        index = served_by.clamp(min=0)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        own.append((keys.gather(2, index), values.gather(2, index), served_by >= 0))
 
     hidden, outs = take(fused, rows.index), []
+    ahead = take(ahead, rows.index) if ahead is not None else None
     for step in range(len(rows.supervised)):
         following = tokens.gather(1, (rows.index + 1 + step).clamp(max=tokens.shape[1] - 1))
-        row = draft.row(target.embed(following), hidden)
+        row = draft.row(target.embed(following), hidden, ahead)
         positions = rows.index + step
         if step > 0:
             own.append((*draft.keys_values(row, positions), None))
-        attended = _attend(draft.queries(row, positions), keys0, values0, causal, own)
+        attended = attend_merged(draft.queries(row, positions), keys0, values0, rows.index, own)
         hidden = draft.finish(hidden, attended)
         outs.append(hidden)
     return outs
-
-
-def _attend(
-    queries: Float[Tensor, "B H Q head"],
-    keys: Float[Tensor, "B G T head"],
-    values: Float[Tensor, "B G T head"],
-    causal: Bool[Tensor, "B Q T"],
-    own: list[tuple[Tensor, Tensor, Tensor | None]],
-) -> Float[Tensor, "B H Q head"]:
-    """Softmax in float32 over the shared keys and each row's own extra keys."""
-    _, heads, num_rows, head_dim = queries.shape
-    groups = keys.shape[1]
-    query = queries.unflatten(1, (groups, heads // groups)) * head_dim**-0.5  # [B, G, rep, Q, head]
-    shared = query.flatten(2, 3) @ keys.transpose(-1, -2)
-    shared = shared.unflatten(2, (-1, num_rows)).float().masked_fill(~causal[:, None, None], -torch.inf)
-    scores = [shared]
-    for key, _, visible in own:
-        score = (query * key[:, :, None]).sum(-1, keepdim=True).float()
-        scores.append(score if visible is None else score.masked_fill(~visible[:, None, None, :, None], -torch.inf))
-    weights = torch.cat(scores, dim=-1).softmax(dim=-1).to(values.dtype)
-    width = keys.shape[2]
-    out = (weights[..., :width].flatten(2, 3) @ values).unflatten(2, (-1, num_rows))
-    for place, (_, value, _) in enumerate(own):
-        out = out + weights[..., width + place, None] * value[:, :, None]
-    return out.flatten(1, 2)
 
 
 def _distil(

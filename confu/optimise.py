@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from confu.config import TrainConfig
-from confu.data import Document, collate
+from confu.data import collate
+from confu.documents import Document
 from confu.draft import DraftModel
 from confu.features import FeatureStore, taught_tokens
 from confu.objective import Losses, losses
@@ -94,7 +95,7 @@ def parameter_groups(draft: DraftModel, config: TrainConfig) -> list[dict[str, A
     for name, parameter in draft.named_parameters():
         if name.startswith("contemplation.soft"):
             groups["soft prompts"].append(parameter)
-        elif name.startswith("contemplation"):
+        elif name.startswith(("contemplation.con", "contemplation.future.")):
             groups["experts"].append(parameter)
         else:
             groups["draft"].append(parameter)

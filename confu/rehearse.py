@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from confu.config import TrainConfig
 from confu.cost import memory_estimate, parameters_by_group, step_flops
-from confu.data import Corpus, Document, collate, read_corpus
+from confu.data import Corpus, collate, read_corpus
+from confu.documents import Document
 from confu.draft import DraftModel, load_draft_config
 from confu.features import FeatureStore
 from confu.models import draft_path, target_path

@@ -19,12 +19,14 @@ from typing import IO, Any
 
 import torch
 
+from confu.card import write_card
 from confu.config import TrainConfig, to_json
 from confu.data import Corpus
 from confu.draft import DraftModel
 from confu.objective import Losses
 from confu.optimise import Trainer
 from confu.parallel import World
+from confu.track import open_tracker
 
 
 @dataclass
@@ -88,6 +90,7 @@ class Run:
             self._metrics = (self.folder / "metrics.jsonl").open("w", encoding="utf-8")
             self._metrics.writelines(json.dumps(row) + "\n" for row in rows)
             self._metrics.flush()
+            self._tracker = open_tracker(self.config.track, self.folder, dataclasses.asdict(self.config))
         self._state = None  # its memory is needed
         return at
 
@@ -95,6 +98,7 @@ class Run:
         if self._metrics is not None:
             self._metrics.write(json.dumps(row) + "\n")
             self._metrics.flush()
+            self._tracker.log(row["step"], row)
 
     def wants_tau(self, step: int) -> bool:
         due = step > 0 and (step % self.config.evaluate_every == 0 or step == self.config.steps)
@@ -126,20 +130,22 @@ class Run:
     def close(self) -> None:
         if self._metrics is not None:
             self._metrics.close()
+            self._tracker.close()
 
     def finish(self, draft: DraftModel, at: Position) -> Path:
         """Write the run's draft: the best by tau where that was measured, else the last. Returns its folder."""
         final = self.folder / "final"
         if self.writes:
-            facts: dict[str, Any] = {"steps": at.step, "supervised_tokens_seen": at.tokens_seen}
+            facts: dict[str, Any] = {"supervised_tokens_seen": at.tokens_seen}
             if self.best is None:
                 draft.save(final)
             else:
                 shutil.copytree(self.folder / "best", final, dirs_exist_ok=True)
-                facts = {"steps": self.best["step"], "supervised_tokens_seen": self.best["tokens_seen"]}
-                facts |= {"selected_by": "tau", "tau": self.best["tau"]}
+                facts = {"supervised_tokens_seen": self.best["tokens_seen"]}
+                facts |= {"selected_by": "tau", "selected_step": self.best["step"], "tau": self.best["tau"]}
             text = json.dumps(self._origin | facts, indent=2) + "\n"
             (final / "provenance.json").write_text(text, encoding="utf-8")
+            write_card(final, run=self.folder)
             self._checkpoint_file.unlink(missing_ok=True)
         return final
 

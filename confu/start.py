@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from confu.config import DraftConfig, TrainConfig
-from confu.data import Corpus
+from confu.contemplate import Mixture
+from confu.data import Corpus, check_vocabulary
 from confu.draft import DraftModel
 from confu.drafter import check_fit
 from confu.models import draft_path
@@ -22,6 +23,8 @@ def start_draft(config: TrainConfig, target: Target, corpus: Corpus) -> DraftMod
         return new_eagle3(config, target, corpus)
     source = DraftModel.load(draft_path(config.init))
     check_fit(source.config, target)
+    if not config.keep_vocabulary:
+        check_vocabulary(source, corpus)
     if config.method == source.config.method:
         return source
     if config.method == "eagle3":
@@ -33,7 +36,7 @@ def overruled(config: TrainConfig, draft: DraftModel) -> list[str]:
     """A sentence when the draft that a run goes on from has other sizes than the recipe says: the draft's count."""
     if draft.contemplation is None:
         return []
-    names = ("num_soft_prompts", "num_experts", "top_experts", "replication")
+    names = ("num_soft_prompts", "num_experts", "top_experts", "replication", "future_form")
     differing = [name for name in names if getattr(config, name) != getattr(draft.config, name)]
     said = ", ".join(f"{name} {getattr(draft.config, name)} (not {getattr(config, name)})" for name in differing)
     return [f"The draft to go on from keeps its {said}."] if said else []
@@ -84,6 +87,7 @@ def confu_config(config: TrainConfig, source: DraftConfig) -> DraftConfig:
         num_experts=config.num_experts,
         top_experts=config.top_experts,
         replication=config.replication,
+        future_form=config.future_form,
     )
 
 
@@ -111,7 +115,7 @@ def add_contemplation(source: DraftModel, config: TrainConfig, target: Target, c
     """ConFu around a trained EAGLE-3 draft: soft prompts start as the target's keys and values of real tokens, experts
     as embeddings of real tokens plus small noise (METHOD 4)."""
     draft = DraftModel(confu_config(config, source.config))
-    draft.load_state_dict(source.state_dict(), strict=False)  # every EAGLE-3 weight; the new ones are set below
+    _copy_eagle3(source, draft)  # the new weights are set below
     generator = torch.Generator().manual_seed(config.seed)
     frequent = corpus.token_counts(target.vocab_size).argsort(descending=True, stable=True)[:1000]
     assert draft.contemplation is not None
@@ -122,9 +126,20 @@ def add_contemplation(source: DraftModel, config: TrainConfig, target: Target, c
         target.prefill(cache, tokens[None].to(target.device), [config.num_soft_prompts])
         draft.contemplation.soft_keys.copy_(cache.keys[:, 0])
         draft.contemplation.soft_values.copy_(cache.values[:, 0])
-        for mixture in (draft.contemplation.con, draft.contemplation.future):
+        for mixture in (m for m in draft.contemplation.modules() if isinstance(m, Mixture)):
             picked = frequent[torch.randperm(len(frequent), generator=generator)[: config.num_experts]]
             experts = target.embed(picked.to(target.device)).float().cpu()
             noise = torch.randn(experts.shape, generator=generator) * 0.1 * experts.std()
             mixture.experts.copy_(experts + noise)
     return draft
+
+
+@torch.no_grad()
+def _copy_eagle3(source: DraftModel, draft: DraftModel) -> None:
+    """Every EAGLE-3 weight; columns that read the third input start at zero."""
+    ours = draft.state_dict()
+    for name, weight in source.state_dict().items():
+        if ours[name].shape == weight.shape:
+            ours[name].copy_(weight)
+        else:
+            ours[name].zero_()[:, : weight.shape[1]] = weight

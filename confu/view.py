@@ -14,6 +14,7 @@ from confu.stats import Stats
 if TYPE_CHECKING:
     from confu.generate import Token
     from confu.lossless import Report
+    from confu.regenerate import Summary
     from confu.rehearse import Throughput
 
 STYLES = {"accepted": "green", "own": "bold underline", "rejected": "dim strike"}
@@ -85,6 +86,43 @@ def summary(stats: Stats, seed: int, *, with_prompt: bool = False) -> str:
     if total:
         parts.append(" ".join(f"{name} {100 * seconds / total:.0f} %" for name, seconds in times.items()))
     return ", ".join([*parts, f"seed {seed}"])
+
+
+def supervised_view(runs: Sequence[tuple[str, bool]], *, colour: bool, most_characters: int = 400) -> Text:
+    """One training conversation, its supervised runs in colour or within «marks»; long runs lose their middle."""
+    text = Text()
+    for run, supervised in runs:
+        if len(run) > most_characters:
+            half = most_characters // 2
+            run = f"{run[:half]} [{len(run) - 2 * half:,} characters] {run[-half:]}"
+        opening, closing = MARKS["accepted"] if supervised and not colour else ("", "")
+        text.append(opening + run + closing, STYLES["accepted"] if supervised and colour else "")
+    return text
+
+
+def prepared_view(values: dict[str, Any]) -> Group:
+    """What a prepared folder holds: counts, then what was skipped and why."""
+    table = Table("skipped", "rows", box=None, pad_edge=False)
+    for reason, rows in sorted(values["skipped"].items(), key=lambda item: -item[1]):
+        table.add_row(reason, f"{rows:,}")
+    names = ("num_documents", "num_tokens", "num_supervised", "max_length", "fingerprint")
+    share = values["num_supervised"] / values["num_tokens"]
+    coverage = {f"{size:,} tokens": f"{part:.1%}" for size, part in values["vocabulary_coverage"].items()}
+    text = facts({name: values[name] for name in names} | {"supervised": f"{share:.1%} of the tokens"})
+    text.append_text(facts({"draft vocabulary covers": coverage}))
+    return Group(text, table) if values["skipped"] else Group(text)
+
+
+def regenerated_line(done: Summary) -> str:
+    """One line: how many rows have an answer now, how many failed, how fast it was."""
+    parts = [f"{done.num_answered:,} of {done.num_rows:,} rows answered"]
+    if done.num_done_before:
+        parts.append(f"{done.num_done_before:,} were before")
+    if done.failed:
+        parts.append(f"{done.failed.total():,} failed ({', '.join(f'{n:,} {why}' for why, n in done.failed.items())})")
+    if done.seconds:
+        parts.append(f"{done.num_tokens:,} tokens, {done.num_tokens / done.seconds:.1f} tok/s")
+    return ", ".join(parts)
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:

@@ -9,7 +9,7 @@ from jaxtyping import install_import_hook
 install_import_hook("confu", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 torch.set_num_threads(1)
 
-from naive import build_draft, build_model  # noqa: E402
+from naive import METHODS, build_draft, build_model  # noqa: E402
 
 from confu.drafter import TreeDrafter  # noqa: E402
 from confu.target import Target  # noqa: E402
@@ -44,10 +44,10 @@ def target8(model8):
 @pytest.fixture(scope="session")
 def drafters(model, target):
     """Random drafts of the 64-token target by method, over 48 of its tokens."""
-    return {m: TreeDrafter(build_draft(model, m, draft_vocab_size=48), target) for m in ("eagle3", "confu")}
+    return {m: TreeDrafter(build_draft(model, m, draft_vocab_size=48), target) for m in METHODS}
 
 
 @pytest.fixture(scope="session")
 def drafters8(model8, target8):
     """Random drafts of the 8-token target by method; this seed is right often enough for paths of four tokens."""
-    return {m: TreeDrafter(build_draft(model8, m, seed=9), target8) for m in ("eagle3", "confu")}
+    return {m: TreeDrafter(build_draft(model8, m, seed=9), target8) for m in METHODS}

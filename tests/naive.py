@@ -45,11 +45,18 @@ def build_model(vocab_size: int = 64, *, seed: int = 0, spread: float = 0.3, **o
         return LlamaForCausalLM(config).float().eval().requires_grad_(False)
 
 
+METHODS = ("eagle3", "confu", "confu-kv", "confu-input", "confu-fuse")
+
+
 def build_draft(model: LlamaForCausalLM, method: str, *, draft_vocab_size: int | None = None, seed: int = 1):
-    """A random draft; contemplation weights as large as they can leak, norm weights away from one."""
+    """A random draft; contemplation weights as large as they can leak, norm weights away from one.
+
+    ``method``: eagle3, confu (f as a row), or confu-kv, confu-input, confu-fuse.
+    """
+    method, _, form = method.partition("-")
     vocab_size = model.config.vocab_size
     draft_vocab_size = draft_vocab_size or vocab_size
-    confu = {"num_soft_prompts": 3, "num_experts": 5, "top_experts": 2, "replication": 8}
+    confu = {"num_soft_prompts": 3, "num_experts": 5, "top_experts": 2, "replication": 8, "future_form": form or "row"}
     draft = DraftModel(
         DraftConfig(
             method=method,
@@ -71,7 +78,9 @@ def build_draft(model: LlamaForCausalLM, method: str, *, draft_vocab_size: int |
     rng = torch.Generator().manual_seed(seed)
     for name, weight in sorted(draft.named_parameters()):
         noise = torch.randn(weight.shape, generator=rng)
-        if name.startswith("contemplation"):
+        if name.startswith("contemplation.future_"):
+            weight.data = noise / math.sqrt(weight.shape[1])
+        elif name.startswith("contemplation"):
             weight.data = noise
         elif weight.ndim == 1:
             weight.data = 1 + 0.3 * noise
@@ -224,6 +233,7 @@ class NaiveDraft:
     def __init__(self, draft: DraftModel, model) -> None:
         self.w = {name: weight.float() for name, weight in draft.named_parameters()}
         self.config, self.contemplation = draft.config, draft.contemplation
+        self.form = draft.config.future_form if draft.contemplation else None
         self.embedding = model.get_input_embeddings().weight
         self.target_ids = [i + offset for i, offset in enumerate(draft.d2t.tolist())]
 
@@ -246,8 +256,19 @@ class NaiveDraft:
     def fuse(self, h):
         return self.w["fc.weight"] @ h
 
-    def row(self, embedding, hidden):
-        return torch.cat([self.norm("midlayer.input_layernorm", embedding), self.norm("midlayer.hidden_norm", hidden)])
+    def enter(self, h, told):
+        """Hidden input and third input of a row with features h that f (``told``: f and its anchor) serves."""
+        hidden = self.fuse(h)
+        if self.form in ("fuse", "input"):
+            ahead = self.w["contemplation.future_fc.weight"] @ told[0] if told else torch.zeros(HIDDEN)
+            return (hidden + ahead, None) if self.form == "fuse" else (hidden, ahead)
+        return hidden, None
+
+    def row(self, embedding, hidden, ahead=None):
+        parts = [self.norm("midlayer.input_layernorm", embedding), self.norm("midlayer.hidden_norm", hidden)]
+        if ahead is not None:
+            parts.append(self.norm("midlayer.future_norm", ahead))
+        return torch.cat(parts)
 
     def key_value(self, row, position: int):
         """Keys (rotated) and values of one row, a list over the key-value heads."""
@@ -255,21 +276,30 @@ class NaiveDraft:
         values = (self.w["midlayer.self_attn.v_proj.weight"] @ row).split(self.config.head_dim)
         return [self.rope(key, position) for key in keys], list(values)
 
-    def prefix(self, tokens, features):
-        """Key-value rows of a sequence: row i holds h[i] and the embedding of token i + 1, at position i."""
+    def prefix(self, tokens, features, told):
+        """Key-value rows of a sequence: row i holds h[i] and the embedding of token i + 1, at position i, and what f
+        of ``told[i]`` adds to it."""
         return [
-            self.key_value(self.row(self.embedding[tokens[i + 1]], self.fuse(features[i])), i)
+            self.key_value(self.row(self.embedding[tokens[i + 1]], *self.enter(features[i], told.get(i))), i)
             for i in range(len(tokens) - 1)
         ]
 
-    def future(self, f, anchor_features, anchor: int):
-        """The key-value row of the future token: [f] experts routed by g of the anchor, W_fc f, position anchor + 1."""
-        embedding = mixture(self.contemplation.future, self.fuse(anchor_features))
-        return self.key_value(self.row(embedding, self.fuse(f)), anchor + 1)
+    def slots(self, features, told):
+        """The keys and values that f adds for a row, none or one. ``row``: [f] experts routed by g of the anchor and
+        W_fc f; ``kv``: projected; both at position anchor + 1."""
+        if told is None or self.form not in ("row", "kv"):
+            return []
+        f, anchor = told
+        if self.form == "row":
+            embedding = mixture(self.contemplation.future, self.fuse(features[anchor]))
+            return [self.key_value(self.row(embedding, self.fuse(f)), anchor + 1)]
+        heads = (self.w["contemplation.future_kv.weight"] @ f).split(self.config.head_dim)
+        half = self.config.num_key_value_heads
+        return [([self.rope(key, anchor + 1) for key in heads[:half]], list(heads[half:]))]
 
-    def layer(self, embedding, hidden, position: int, seen):
+    def layer(self, embedding, hidden, position: int, seen, ahead=None):
         """Output of the layer for one row that attends to the key-value rows ``seen`` (its own is the last)."""
-        row = self.row(embedding, hidden)
+        row = self.row(embedding, hidden, ahead)
         queries = (self.w["midlayer.self_attn.q_proj.weight"] @ row).split(self.config.head_dim)
         group = len(queries) // self.config.num_key_value_heads
         heads = []
@@ -285,24 +315,25 @@ class NaiveDraft:
         gate, up = self.w["midlayer.mlp.gate_proj.weight"] @ y, self.w["midlayer.mlp.up_proj.weight"] @ y
         return x + self.w["midlayer.mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * up)
 
-    def proposals(self, tokens, features, future=None):
+    def proposals(self, tokens, features, told=None):
         """What the draft expects behind ``tokens`` and a drafted path: a function path -> {target id: log-prob}.
 
-        ``features`` are h of all tokens but the last, which is the root of the tree. ``future`` is a key-value row.
+        ``features`` are h of all tokens but the last, which is the root of the tree. ``told[i]`` is (f, its anchor) as
+        row i reads it.
         """
-        rows = self.prefix(tokens, features)
-        ahead = [future] if future is not None else []
-        last = len(tokens) - 2
+        told, last = told or {}, len(tokens) - 2
+        rows = [*self.slots(features, told.get(last)), *self.prefix(tokens, features, told)]
+        start, ahead = self.enter(features[last], told.get(last))
 
         @cache
         def output(path):
             """Output state of the path's last row, and the key-value rows of the path."""
             if not path:
-                return self.layer(self.embedding[tokens[-1]], self.fuse(features[last]), last, [*ahead, *rows]), ()
+                return self.layer(self.embedding[tokens[-1]], start, last, rows, ahead), ()
             hidden, drafted = output(path[:-1])
             embedding, position = self.embedding[path[-1]], last + len(path)
-            drafted = (*drafted, self.key_value(self.row(embedding, hidden), position))
-            return self.layer(embedding, hidden, position, [*ahead, *rows, *drafted]), drafted
+            drafted = (*drafted, self.key_value(self.row(embedding, hidden, ahead), position))
+            return self.layer(embedding, hidden, position, [*rows, *drafted], ahead), drafted
 
         @cache
         def log_probs(path):
@@ -346,12 +377,13 @@ def node_path(tree, row: int, node: int) -> tuple[int, ...]:
 
 def decode(model, draft: DraftModel, prompt, *, rounds: int, depth: int, topk: int, nodes: int, con: int | None):
     """Greedy speculative decoding of one prompt as METHOD 4 to 6 tell it. Returns, for every round, the tree that was
-    verified, the tokens that came out, and f with the position of its anchor (None when nothing contemplates)."""
+    verified, the tokens that came out, and what each committed row was told: its position -> (f, position of f's
+    anchor); empty when nothing contemplates."""
     naive = NaiveDraft(draft, model)
     contemplates = draft.contemplation is not None and con != 0
     before, root, tree = tuple(prompt[:-1]), prompt[-1], {(): 0.0}
     router = read(model, before)[1][-1] if before else torch.zeros(3 * HIDDEN)
-    history = []
+    history, told = [], {}
     for _ in range(rounds):
         path = ()
         while True:
@@ -359,17 +391,19 @@ def decode(model, draft: DraftModel, prompt, *, rounds: int, depth: int, topk: i
             if (*path, drawn) not in tree:
                 break
             path = (*path, drawn)
-        f = anchor = None
+        told_now = {}
         if contemplates:
             count = len(tree) if con is None else con
             carriers = sorted(tree, key=tree.get, reverse=True)[:count]
-            followed = next(path[:length] for length in range(len(path), -1, -1) if path[:length] in carriers)
-            f = contemplate(model, draft.contemplation, (*before, root, *followed), router)
-            anchor = len(before) + len(followed)
-        history.append({"tree": tree, "tokens": [*path, drawn], "f": f, "anchor": anchor})
+            for length in range(len(path) + 1):
+                if path[:length] in carriers:
+                    f = contemplate(model, draft.contemplation, (*before, root, *path[:length]), router)
+                    anchor = len(before) + length
+                told_now[len(before) + length] = f, anchor
+        told |= told_now
+        history.append({"tree": tree, "tokens": [*path, drawn], "told": told_now})
         before, root = (*before, root, *path), drawn
         features = read(model, before)[1]
         router = features[-1]
-        future = naive.future(f, features[anchor], anchor) if contemplates else None
-        tree = grow(naive.proposals((*before, root), features, future), depth=depth, topk=topk, nodes=nodes)
+        tree = grow(naive.proposals((*before, root), features, told), depth=depth, topk=topk, nodes=nodes)
     return history

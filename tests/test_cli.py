@@ -16,7 +16,8 @@ from tiny_data import ROWS, byte_tokenizer, tiny_llama, write_jsonl
 import confu.generate
 from confu import cli, lossless
 from confu.config import TrainConfig
-from confu.data import Corpus, Document
+from confu.data import Corpus
+from confu.documents import Document
 from confu.draft import DraftModel
 from confu.generate import Decoder
 from confu.optimise import Trainer

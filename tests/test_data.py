@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny_data import CHATML, END, START, byte_tokenizer, write_jsonl
 
-from confu.data import Document, batches, collate, read_corpus, tokenize_row
+from confu.data import batches, collate, read_corpus
+from confu.documents import Document, tokenize_row
 
 TOKENIZER = byte_tokenizer()
 
@@ -97,6 +98,7 @@ STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system rol
         ([], CHATML, "no messages, or prompt and response"),
         (chat("user: a"), CHATML, "no assistant tokens within max_length"),
         ({"messages": []}, CHATML, "no assistant tokens within max_length"),
+        (chat("assistant: hello", "user: a", "assistant: b"), CHATML, "answer before any prompt"),
         (chat("user: " + "a" * 99, "assistant: b"), CHATML, "no assistant tokens within max_length"),
         (chat("user: a", "assistant: b "), REFORMATTED, "answer is tokenised differently inside the template"),
         (

@@ -52,11 +52,11 @@ def commit(drafter, model, state, sequences, start, stop, *, future=None, anchor
     drafter.commit(state, Accepted(tokens, counts, following, features, future, anchors))
 
 
-def check_draft_cache(state, oracle, model, sequences) -> None:
+def check_draft_cache(state, oracle, model, sequences, told=({}, {}, {})) -> None:
     assert state.lengths == [len(sequence) - 1 for sequence in sequences]
     for row, sequence in enumerate(sequences):
         features = naive.read(model, sequence)[1]
-        for place, (keys, values) in enumerate(oracle.prefix(sequence, features)):
+        for place, (keys, values) in enumerate(oracle.prefix(sequence, features, told[row])):
             naive.assert_close(state.cache.keys[0, row, :, 1 + place], torch.stack(keys))
             naive.assert_close(state.cache.values[0, row, :, 1 + place], torch.stack(values))
 
@@ -64,47 +64,49 @@ def check_draft_cache(state, oracle, model, sequences) -> None:
 SEQUENCES = [(3, 1, 4, 1, 5, 9, 2, 6), (2, 7, 1, 8, 2), (31, 41, 59, 26, 53, 58)]
 
 
-@pytest.mark.parametrize("future", [False, True])
+@pytest.mark.parametrize("method", naive.METHODS)
 @pytest.mark.parametrize("shape", [(9, 3, 4), (30, 4, 3), (6, 1, 5), (5, 6, 1)], ids=str)
-def test_draft_cache_and_trees_equal_the_layer_written_out(model, drafters, shape, future):
+def test_draft_cache_and_trees_equal_the_layer_written_out(model, drafters, shape, method):
     """Commits in ragged pieces, then a tree: one row at a time, no cache, one head at a time."""
     nodes, depth, topk = shape
-    drafter = drafters["confu" if future else "eagle3"]
+    drafter = drafters[method]
     oracle = naive.NaiveDraft(drafter.draft, model)
     state = drafter.new_state(3, 4)
     commit(drafter, model, state, SEQUENCES, [0, 0, 0], [4, 2, 3])
     drafter.grow(state, TreeConfig(nodes=20, depth=3, topk=5))  # a tree nobody accepts must leave no trace
-    f, anchors = None, None
-    if future:
-        f = torch.randn(3, 3 * naive.HIDDEN, generator=torch.Generator().manual_seed(0)) * 5
-        anchors = torch.tensor([2, 0, 1])  # of the rows 4 to 6, 2 to 3 and 3 to 4
+    f, anchors, told = None, None, [{}, {}, {}]
+    if method != "eagle3":
+        f = torch.randn(3, 3, 3 * naive.HIDDEN, generator=torch.Generator().manual_seed(0)) * 5
+        anchors = torch.tensor([[0, 0, 2], [0, 0, 0], [0, 1, 1]])  # of the rows 4 to 6, 2 to 3 and 3 to 4
+        for row, (start, count) in enumerate([(4, 3), (2, 2), (3, 2)]):
+            f[row] = f[row, anchors[row]]
+            told[row] = {start + m: (f[row, m], start + anchors[row, m].item()) for m in range(count)}
     commit(drafter, model, state, SEQUENCES, [4, 2, 3], [7, 4, 5], future=f, anchors=anchors)
-    check_draft_cache(state, oracle, model, SEQUENCES)
+    check_draft_cache(state, oracle, model, SEQUENCES, told)
     tree = drafter.grow(state, TreeConfig(nodes=nodes, depth=depth, topk=topk))
     for row, sequence in enumerate(SEQUENCES):
-        features, ahead = naive.read(model, sequence)[1], None
-        if future:
-            anchor = [6, 2, 4][row]
-            ahead = oracle.future(f[row], features[anchor], anchor)
-            naive.assert_close(state.cache.keys[0, row, :, 0], torch.stack(ahead[0]))
-            naive.assert_close(state.cache.values[0, row, :, 0], torch.stack(ahead[1]))
-        proposals = oracle.proposals(sequence, features, ahead)
+        features = naive.read(model, sequence)[1]
+        for keys, values in oracle.slots(features, told[row].get(len(sequence) - 2)):
+            naive.assert_close(state.cache.keys[0, row, :, 0], torch.stack(keys))
+            naive.assert_close(state.cache.values[0, row, :, 0], torch.stack(values))
+        proposals = oracle.proposals(sequence, features, told[row])
         same_tree(tree, row, naive.grow(proposals, depth=depth, topk=topk, nodes=nodes))
         assert tree.tokens[row, 0] == sequence[-1]
     assert set(tree.tokens[:, 1:].flatten().tolist()) <= set(oracle.target_ids)
-    check_draft_cache(state, oracle, model, SEQUENCES)
+    check_draft_cache(state, oracle, model, SEQUENCES, told)
 
 
-def test_future_row_of_the_last_round_is_forgotten(model, drafters):
+@pytest.mark.parametrize("method", ["confu", "confu-kv"])
+def test_future_slot_of_the_last_round_is_forgotten(model, drafters, method):
     """A commit without f (the prompt of the next turn) must not see the f of the round before."""
     trees = []
     for stale in (False, True):
-        state = drafters["confu"].new_state(3, 16)
-        f = torch.randn(3, 3 * naive.HIDDEN, generator=torch.Generator().manual_seed(0)) if stale else None
-        anchors = torch.tensor([0, 0, 0]) if stale else None
-        commit(drafters["confu"], model, state, SEQUENCES, [0, 0, 0], [4, 2, 3], future=f, anchors=anchors)
-        commit(drafters["confu"], model, state, SEQUENCES, [4, 2, 3], [7, 4, 5])
-        trees.append(drafters["confu"].grow(state, TreeConfig(nodes=9, depth=3, topk=3)))
+        state = drafters[method].new_state(3, 16)
+        f = torch.randn(3, 4, 3 * naive.HIDDEN, generator=torch.Generator().manual_seed(0)) if stale else None
+        anchors = torch.zeros(3, 4, dtype=torch.int64) if stale else None
+        commit(drafters[method], model, state, SEQUENCES, [0, 0, 0], [4, 2, 3], future=f, anchors=anchors)
+        commit(drafters[method], model, state, SEQUENCES, [4, 2, 3], [7, 4, 5])
+        trees.append(drafters[method].grow(state, TreeConfig(nodes=9, depth=3, topk=3)))
     assert torch.equal(trees[0].scores, trees[1].scores)
 
 
@@ -148,7 +150,7 @@ LOOPS = [  # nodes, depth, topk, contemplate
 ]
 
 
-@pytest.mark.parametrize("method", ["eagle3", "confu"])
+@pytest.mark.parametrize("method", naive.METHODS)
 @pytest.mark.parametrize("shape", LOOPS, ids=str)
 @pytest.mark.parametrize("prompt", [(1, 2, 3, 4, 0), (6,)], ids=str)
 def test_every_round_is_the_method_written_out(model8, target8, drafters8, method, shape, prompt):
@@ -169,8 +171,10 @@ def test_every_round_is_the_method_written_out(model8, target8, drafters8, metho
         assert accepted.next_tokens.tolist() == entry["tokens"][-1:]
         assert (accepted.future is None) == (method == "eagle3" or con == 0)
         if accepted.future is not None:
-            naive.assert_close(accepted.future[0], entry["f"], 1e-4)
-            assert base + accepted.anchors.item() == entry["anchor"]
+            for m in range(len(entry["tokens"])):
+                f, anchor = entry["told"][base + m]
+                naive.assert_close(accepted.future[0, m], f, 1e-4)
+                assert base + accepted.anchors[0, m].item() == anchor
         base += len(entry["tokens"])
 
 
@@ -185,8 +189,7 @@ def test_the_loop_cases_reach_what_they_are_for(model8, target8, drafters8):
             base = len(prompt) - 1
             for entry in history:
                 longest = max(longest, len(entry["tokens"]))
-                if entry["anchor"] is not None:
-                    lags.add(base + len(entry["tokens"]) - 1 - entry["anchor"])
+                lags |= {row - anchor for row, (_, anchor) in entry["told"].items()}
                 base += len(entry["tokens"])
     assert longest >= 3
     assert lags >= {0, 1, 2}
@@ -234,8 +237,10 @@ def test_a_batch_drafts_like_its_sequences_alone(target8, drafters8):
         for number, accepted in enumerate(own):
             if len(told[number].counts) < len(prompts):
                 break  # a sequence has left; rows moved up
-            naive.assert_close(told[number].future[row], accepted.future[0], 1e-4)
-            assert told[number].anchors[row] == accepted.anchors[0]
+            count = accepted.counts[0]
+            assert told[number].counts[row] == count
+            naive.assert_close(told[number].future[row, :count], accepted.future[0, :count], 1e-4)
+            assert torch.equal(told[number].anchors[row, :count], accepted.anchors[0, :count])
             if number < len(alone.trees) and len(together.trees[number].tokens) == len(prompts):
                 same_tree(together.trees[number], row, naive.paths(alone.trees[number], 0))
 
@@ -271,6 +276,7 @@ def test_the_nearest_contemplated_ancestor_tells_the_future(data, batch, num_nod
     accepted = _accepted(tokens.gather(1, step.path), step, features, verified)
     for b, line in enumerate(lines):
         assert step.counts[b] == len(line)
-        nearest = next(node for node in reversed(line) if node in con_nodes[b].tolist())
-        assert accepted.anchors[b] == line.index(nearest)
-        assert torch.equal(accepted.future[b], future[b, con_nodes[b].tolist().index(nearest)])
+        for m in range(len(line)):
+            nearest = next(node for node in reversed(line[: m + 1]) if node in con_nodes[b].tolist())
+            assert accepted.anchors[b, m] == line.index(nearest)
+            assert torch.equal(accepted.future[b, m], future[b, con_nodes[b].tolist().index(nearest)])

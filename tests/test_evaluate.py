@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_data import ROWS, byte_tokenizer, taught_target, write_jsonl
 
-from confu.config import SamplingConfig, TrainConfig, TreeConfig
+from confu.config import FUTURE_FORMS, SamplingConfig, TrainConfig, TreeConfig
 from confu.data import read_corpus
 from confu.draft import DraftModel
 from confu.drafter import TreeDrafter
@@ -53,13 +53,15 @@ def recipe(data):
 
 @pytest.fixture(scope="module")
 def drafts(recipe, target, tmp_path_factory):
-    """Folders of drafts that are right now and then, by method."""
+    """Folders of drafts that are right now and then, by method or form of the future."""
     home = tmp_path_factory.mktemp("drafts")
     eagle3 = train(dataclasses.replace(recipe, out=str(home / "eagle3")), target, TOKENIZER)
-    settings = {"method": "confu", "init": str(eagle3), "out": str(home / "confu"), "steps": 6, "lr": 1e-3}
+    found = {"eagle3": eagle3}
     sizes = {"num_soft_prompts": 4, "num_experts": 3, "replication": 4, "max_router_lag": 4}
-    confu = train(dataclasses.replace(recipe, **settings, **sizes), target, TOKENIZER)
-    return {"eagle3": eagle3, "confu": confu}
+    for form in FUTURE_FORMS:
+        settings = {"method": "confu", "init": str(eagle3), "out": str(home / form), "steps": 6, "future_form": form}
+        found[form] = train(dataclasses.replace(recipe, **settings, **sizes), target, TOKENIZER)
+    return found
 
 
 def prompts_of(questions: list[str]) -> list[list[int]]:
@@ -69,11 +71,11 @@ def prompts_of(questions: list[str]) -> list[list[int]]:
 # ---------------------------------------------------------------- simulated and real
 
 
-@pytest.mark.parametrize("method", ["eagle3", "confu"])
+@pytest.mark.parametrize("kind", ["eagle3", *FUTURE_FORMS])
 @pytest.mark.parametrize("depth", [1, 4])
-def test_simulated_rounds_are_the_decoders(drafts, target, method, depth):
+def test_simulated_rounds_are_the_decoders(drafts, target, kind, depth):
     """Round by round, in float32: where the training objective's steps are right, the decoder accepts."""
-    draft = DraftModel.load(drafts[method])
+    draft = DraftModel.load(drafts[kind])
     prompts = prompts_of([*QUESTIONS, *(row["prompt"] for row in ROWS)])
     sampling = SamplingConfig(max_new_tokens=30)
     answers = [result.token_ids for result in Decoder(target, None).generate(prompts, sampling)]
@@ -90,7 +92,7 @@ def test_simulated_rounds_are_the_decoders(drafts, target, method, depth):
 
 def test_simulated_future_is_not_idle(drafts, target):
     """A negative control: other soft prompts make other rounds."""
-    draft = DraftModel.load(drafts["confu"])
+    draft = DraftModel.load(drafts["fuse"])
     assert draft.contemplation is not None
     prompts = prompts_of(QUESTIONS)
     answers = [r.token_ids for r in Decoder(target, None).generate(prompts, SamplingConfig(max_new_tokens=30))]
@@ -246,11 +248,11 @@ def test_best_draft_by_tau_is_the_runs_draft(evaluated, target, tmp_path, monkey
     assert torch.equal(load_file(final / "model.safetensors")["fc.weight"], weights[6])
     assert not torch.equal(weights[6], weights[8])
     said = json.loads((final / "provenance.json").read_text())
-    expected = {"steps": 6, "supervised_tokens_seen": reports[5].tokens_seen, "selected_by": "tau", "tau": 1.9}
+    expected = {"selected_step": 6, "supervised_tokens_seen": reports[5].tokens_seen, "selected_by": "tau", "tau": 1.9}
     assert {key: said[key] for key in expected} == expected
     weights = with_taus(monkeypatch, {3: 1.5, 6: 1.9, 8: 2.0})
     last = train(dataclasses.replace(config, out=str(tmp_path / "later")), target, TOKENIZER)
-    assert json.loads((last / "provenance.json").read_text())["steps"] == 8
+    assert json.loads((last / "provenance.json").read_text())["selected_step"] == 8
     assert torch.equal(load_file(last / "model.safetensors")["fc.weight"], weights[8])
 
 
@@ -290,7 +292,7 @@ def test_interrupted_evaluation_is_made_up_for(evaluated, target, tmp_path, monk
 def test_confu_trains_on_after_an_evaluation(evaluated, drafts, target, tmp_path):
     """Decoding runs in inference mode; nothing of it may reach the target's next forward with gradient."""
     config = dataclasses.replace(
-        evaluated, method="confu", init=str(drafts["confu"]), out=str(tmp_path / "run"), steps=2, evaluate_every=1
+        evaluated, method="confu", init=str(drafts["fuse"]), out=str(tmp_path / "run"), steps=2, evaluate_every=1
     )
     train(config, target, TOKENIZER)
     assert [row["step"] for row in rows_of(tmp_path / "run") if "tau" in row] == [1, 2]

@@ -11,9 +11,10 @@ from tiny_data import ROWS, VOCAB, byte_tokenizer, tiny_llama, write_jsonl
 from torch.utils.flop_counter import FlopCounterMode
 
 from confu import cli, rehearse
-from confu.config import TrainConfig
+from confu.config import FUTURE_FORMS, TrainConfig
 from confu.cost import memory_estimate, parameters_by_group, step_flops
-from confu.data import Corpus, Document, collate
+from confu.data import Corpus, collate
+from confu.documents import Document
 from confu.objective import losses
 from confu.start import add_contemplation, new_eagle3
 from confu.target import Target
@@ -29,7 +30,7 @@ def target():
     return Target(tiny_llama(attention="eager"))
 
 
-def setting(target, method: str, length: int = 120, prompt: int = 20):
+def setting(target, method: str, form: str = "fuse", length: int = 120, prompt: int = 20):
     """A draft, and a conversation that is a prompt and one answer."""
     spans = torch.ones(length, dtype=torch.int64)
     spans[:prompt] = 0
@@ -43,6 +44,7 @@ def setting(target, method: str, length: int = 120, prompt: int = 20):
         num_soft_prompts=SOFT,
         num_experts=3,
         replication=4,
+        future_form=form,
     )
     corpus = Corpus([document], Counter(), "")
     draft = new_eagle3(config, target, corpus)
@@ -82,11 +84,11 @@ def test_confu_adds_a_fraction(target):
     assert theirs.draft < ours.draft < 1.3 * theirs.draft
 
 
-@pytest.mark.parametrize("method", ["eagle3", "confu"])
-def test_needed_operations_are_most_of_what_runs(target, method):
+@pytest.mark.parametrize(("method", "form"), [("eagle3", "row"), *(("confu", form) for form in FUTURE_FORMS)])
+def test_needed_operations_are_most_of_what_runs(target, method, form):
     """The whole step under the counter: what it does beyond the need is attention's other triangle, gradients that
     nobody reads, and the layers above the last captured state."""
-    draft, document = setting(target, method)
+    draft, document = setting(target, method, form)
     batch = collate([document])
     with FlopCounterMode(display=False) as counter:
         result = losses(
@@ -116,7 +118,7 @@ def test_parameters_by_group(target):
     draft, _ = setting(target, "confu")
     groups = parameters_by_group(draft, TrainConfig("eagle3", "", ("x",)))
     assert groups["soft prompts"] == 2 * LAYERS * KV_HEADS * SOFT * HEAD
-    assert groups["experts"] == 3 * 2 * WIDTH + 3 * 3 * WIDTH + 3 * WIDTH  # two sets, two routers
+    assert groups["experts"] == 3 * WIDTH + 3 * 3 * WIDTH  # and their router
     assert sum(groups.values()) == sum(p.numel() for p in draft.parameters())
 
 

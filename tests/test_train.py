@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file
 from tiny_data import ROWS, VOCAB, byte_tokenizer, taught_target, tiny_draft, write_jsonl
 
-from confu.config import SamplingConfig, TrainConfig, TreeConfig, to_json
+from confu import runs
+from confu.config import FUTURE_FORMS, SamplingConfig, TrainConfig, TreeConfig, to_json
+from confu.contemplate import Mixture
 from confu.data import Batch, read_corpus
 from confu.draft import DraftModel
 from confu.drafter import TreeDrafter
@@ -25,6 +27,7 @@ from confu.parallel import World
 from confu.runs import Interrupts
 from confu.start import add_contemplation, new_eagle3
 from confu.stats import Stats
+from confu.track import Tracker
 from confu.train import train
 
 TOKENIZER = byte_tokenizer()
@@ -143,17 +146,29 @@ def test_new_draft_has_the_most_frequent_tokens_and_the_targets_head(recipe, tar
         assert draft.config.vocabulary_fingerprint == corpus.fingerprint
 
 
-def test_confu_starts_as_its_eagle3_draft(recipe, target, halfway):
+@pytest.mark.parametrize("form", FUTURE_FORMS)
+def test_confu_starts_as_its_eagle3_draft(recipe, target, halfway, form):
     corpus = read_corpus(recipe.data, TOKENIZER, max_length=64)
     source = DraftModel.load(halfway)
-    draft = add_contemplation(source, confu(recipe, halfway), target, corpus)
+    config = dataclasses.replace(confu(recipe, halfway), future_form=form)
+    draft = add_contemplation(source, config, target, corpus)
     state = draft.state_dict()
     for name, value in source.state_dict().items():
-        assert torch.equal(state.pop(name), value), name
-    assert all(name.startswith("contemplation.") for name in state)
+        weight = state.pop(name)
+        if form == "input" and name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            weight, third = weight.split([2 * target.hidden_size, target.hidden_size], dim=1)
+            assert not third.any()
+        assert torch.equal(weight, value), name
+    assert all(name.startswith("contemplation.") or name == "midlayer.future_norm.weight" for name in state)
     assert (
         dataclasses.replace(
-            draft.config, method="eagle3", num_soft_prompts=0, num_experts=0, top_experts=0, replication=0
+            draft.config,
+            method="eagle3",
+            num_soft_prompts=0,
+            num_experts=0,
+            top_experts=0,
+            replication=0,
+            future_form="row",
         )
         == source.config
     )
@@ -166,7 +181,9 @@ def test_confu_starts_as_its_eagle3_draft(recipe, target, halfway):
         torch.testing.assert_close(draft.contemplation.soft_values[layer], cached.values[0])
     # experts: different real tokens, and little noise
     table = target.embed(torch.arange(VOCAB))
-    for mixture in (draft.contemplation.con, draft.contemplation.future):
+    mixtures = [module for module in draft.contemplation.modules() if isinstance(module, Mixture)]
+    assert len(mixtures) == (2 if form == "row" else 1)
+    for mixture in mixtures:
         distance = torch.cdist(mixture.experts, table)
         assert len(set(distance.argmin(1).tolist())) == 3
         assert (distance.min(1).values < 0.5 * table.norm(dim=1).mean()).all()
@@ -184,6 +201,41 @@ def test_start_from_a_wrong_draft_is_refused(recipe, target, tmp_path):
     config = dataclasses.replace(recipe, init=str(tmp_path / "confu"), out=str(tmp_path / "run2"))
     with pytest.raises(ValueError, match="an eagle3 run starts from an eagle3 draft"):
         train(config, target, TOKENIZER)
+
+
+def test_vocabulary_of_other_data_is_kept_only_on_demand(recipe, target, halfway, tmp_path):
+    config = dataclasses.replace(
+        recipe,
+        init=str(halfway),
+        data=(write_jsonl(tmp_path / "b.jsonl", ROWS[:4]),),
+        out=str(tmp_path / "run"),
+        steps=1,
+    )
+    with pytest.raises(ValueError, match="vocabulary was counted on data .*; set keep_vocabulary = true"):
+        train(config, target, TOKENIZER)
+    final = train(dataclasses.replace(config, keep_vocabulary=True), target, TOKENIZER)
+    assert torch.equal(DraftModel.load(final).t2d, DraftModel.load(halfway).t2d)
+
+
+def test_rows_go_to_the_tracker_too(recipe, target, tmp_path, monkeypatch):
+    """All rows of metrics.jsonl, in order, and the end."""
+    calls = []
+
+    class Recorder(Tracker):
+        def log(self, step, row):
+            calls.append(row)
+
+        def close(self):
+            calls.append("closed")
+
+    def open_recorder(name, folder, config):
+        assert (name, folder, config["steps"]) == ("wandb", tmp_path / "run", 2)
+        return Recorder()
+
+    monkeypatch.setattr(runs, "open_tracker", open_recorder)
+    train(dataclasses.replace(recipe, out=str(tmp_path / "run"), steps=2, track="wandb"), target, TOKENIZER)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert calls == [*map(json.loads, lines), "closed"]
 
 
 def test_what_a_run_does_not_follow_is_said(recipe, target, halfway, tmp_path):
@@ -452,7 +504,12 @@ def test_finished_run_is_not_overwritten(recipe, target, trained):
 def test_run_folder(recipe, trained, data):
     final, reports = trained
     assert sorted(path.name for path in final.parent.iterdir()) == ["config.json", "final", "metrics.jsonl"]
-    assert sorted(path.name for path in final.iterdir()) == ["config.json", "model.safetensors", "provenance.json"]
+    assert sorted(path.name for path in final.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "provenance.json",
+    ]
     config = dataclasses.replace(recipe, out=str(final.parent))
     assert (final.parent / "config.json").read_text() == to_json(config)
     lines = (final.parent / "metrics.jsonl").read_text().splitlines()

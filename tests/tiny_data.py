@@ -9,7 +9,8 @@ from naive import build_draft, build_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from confu.data import Document, collate, tokenize_row
+from confu.data import collate
+from confu.documents import Document, tokenize_row
 from confu.draft import DraftModel
 from confu.target import Target
 

@@ -1,0 +1,144 @@
+"""Attention of the unrolled draft steps: a causal stretch that all rows share, and a few keys that each has alone.
+
+The causal part runs in the fused kernel, which never forms the [rows, keys] scores; the extra keys are dot products.
+Both are joined by their log-sum-exp, so memory grows with the length, not with its square. METHOD 4 (TTT attention).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def attend_merged(
+    queries: Float[Tensor, "B H Q head"],
+    keys: Float[Tensor, "B G T head"],
+    values: Float[Tensor, "B G T head"],
+    index: Int[Tensor, "B Q"],
+    own: list[tuple[Float[Tensor, "B G Q head"], Float[Tensor, "B G Q head"], Bool[Tensor, "B Q"] | None]],
+) -> Float[Tensor, "B H Q head"]:
+    """Row q attends to the shared keys 0 .. index[q] and to its own key and value of each ``own`` entry, where that is
+    visible. The entries of ``index`` are distinct within a sequence."""
+    if queries.device.type != "cpu":
+        return attend_masked(queries, keys, values, index, own)
+    if not own:
+        empty = keys.new_zeros(0, *queries.shape[:1], keys.shape[1], *queries.shape[2:])
+        return _Merged.apply(queries, keys, values, index, empty, empty, None)
+    visible = [torch.ones_like(index, dtype=torch.bool) if seen is None else seen for _, _, seen in own]
+    own_keys, own_values = torch.stack([k for k, _, _ in own]), torch.stack([v for _, v, _ in own])
+    return _Merged.apply(queries, keys, values, index, own_keys, own_values, torch.stack(visible))
+
+
+def attend_masked(
+    queries: Float[Tensor, "B H Q head"],
+    keys: Float[Tensor, "B G T head"],
+    values: Float[Tensor, "B G T head"],
+    index: Int[Tensor, "B Q"],
+    own: list[tuple[Float[Tensor, "B G Q head"], Float[Tensor, "B G Q head"], Bool[Tensor, "B Q"] | None]],
+) -> Float[Tensor, "B H Q head"]:
+    """The same by plain differentiable operations that form all scores: for devices without the kernel below, and
+    the reference of the tests."""
+    _, heads, num_rows, head_dim = queries.shape
+    groups = keys.shape[1]
+    query = queries.unflatten(1, (groups, heads // groups)) * head_dim**-0.5  # [B, G, rep, Q, head]
+    causal = torch.arange(keys.shape[2], device=keys.device) <= index[:, :, None]
+    shared = query.flatten(2, 3) @ keys.transpose(-1, -2)
+    shared = shared.unflatten(2, (-1, num_rows)).float().masked_fill(~causal[:, None, None], -torch.inf)
+    scores = [shared]
+    for key, _, visible in own:
+        score = (query * key[:, :, None]).sum(-1, keepdim=True).float()
+        scores.append(score if visible is None else score.masked_fill(~visible[:, None, None, :, None], -torch.inf))
+    weights = torch.cat(scores, dim=-1).softmax(dim=-1).to(values.dtype)
+    width = keys.shape[2]
+    out = (weights[..., :width].flatten(2, 3) @ values).unflatten(2, (-1, num_rows))
+    for place, (_, value, _) in enumerate(own):
+        out = out + weights[..., width + place, None] * value[:, :, None]
+    return out.flatten(1, 2)
+
+
+class _Merged(torch.autograd.Function):
+    """The fused kernel's backward needs only the output and the log-sum-exp of the softmax it belongs to: given those
+    of the joined softmax, it returns the gradients of the shared part of the joined attention."""
+
+    @staticmethod
+    def forward(ctx, queries, keys, values, index, own_keys, own_values, visible):  # type: ignore[override]
+        shape = _Shape(queries, keys, index)
+        wide_keys, wide_values = shape.repeat(keys), shape.repeat(values)
+        out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            shape.spread(queries), wide_keys, wide_values, 0.0, True
+        )
+        out, total = shape.gather(out), shape.gather(total)  # [B, H, Q, head], [B, H, Q]
+        scores = None
+        if len(own_keys):
+            grouped = queries.unflatten(1, (shape.groups, -1))  # [B, G, rep, Q, head]
+            scores = torch.stack([(grouped * key[:, :, None]).sum(-1).float() for key in own_keys])
+            scores = (scores * shape.scale).masked_fill_(~visible[:, :, None, None], -torch.inf).flatten(2, 3)
+            joined = torch.logaddexp(total, scores.logsumexp(0))
+            weights = (scores - joined).exp_()  # [J, B, H, Q]
+            out = out * (total - joined).exp_()[..., None].to(out.dtype)
+            for weight, value in zip(weights, own_values, strict=True):
+                grouped = weight.unflatten(1, (shape.groups, -1))[..., None].to(out.dtype) * value[:, :, None]
+                out += grouped.flatten(1, 2)
+            total = joined
+        else:
+            weights = total.new_zeros(0)
+        ctx.save_for_backward(queries, keys, values, index, own_keys, own_values, out, total, weights)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):  # type: ignore[override]
+        queries, keys, values, index, own_keys, own_values, out, total, weights = ctx.saved_tensors
+        shape = _Shape(queries, keys, index)
+        grad_out = grad_out.to(out.dtype)
+        grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            shape.spread(grad_out),
+            shape.spread(queries),
+            shape.repeat(keys),
+            shape.repeat(values),
+            shape.spread(out),
+            shape.spread(total),
+            0.0,
+            True,
+        )
+        grad_q = shape.gather(grad_q)
+        grad_k, grad_v = (g.unflatten(1, (shape.groups, -1)).sum(2) for g in (grad_k, grad_v))
+        grad_own_keys, grad_own_values = torch.empty_like(own_keys), torch.empty_like(own_values)
+        common = (grad_out.float() * out.float()).sum(-1)  # [B, H, Q]
+        grouped_grad = grad_out.unflatten(1, (shape.groups, -1))  # [B, G, rep, Q, head]
+        grouped_q = queries.unflatten(1, (shape.groups, -1))
+        for place, (key, value, weight) in enumerate(zip(own_keys, own_values, weights, strict=True)):
+            wide = weight.unflatten(1, (shape.groups, -1))
+            grad_own_values[place] = (wide[..., None].to(out.dtype) * grouped_grad).sum(2)
+            agreement = (grouped_grad * value[:, :, None]).sum(-1).float()
+            grad_score = wide * (agreement - common.unflatten(1, (shape.groups, -1))) * shape.scale
+            grad_score = grad_score[..., None].to(out.dtype)
+            grad_own_keys[place] = (grad_score * grouped_q).sum(2)
+            grad_q += (grad_score * key[:, :, None]).flatten(1, 2)
+        return grad_q, grad_k, grad_v, None, grad_own_keys, grad_own_values, None
+
+
+class _Shape:
+    """Rows to the places of their tokens and back (the kernel's causal mask counts places), heads to groups."""
+
+    def __init__(self, queries: Tensor, keys: Tensor, index: Tensor) -> None:
+        self.index, self.length = index, keys.shape[2]
+        self.groups = keys.shape[1]
+        self.repeats = queries.shape[1] // self.groups
+        self.scale = queries.shape[3] ** -0.5
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[B, H, Q, ...] to [B, H, T, ...], zero elsewhere."""
+        wide = x.new_zeros(*x.shape[:2], self.length, *x.shape[3:])
+        return wide.scatter_(2, self._places(x), x)
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x.gather(2, self._places(x[:, :, : self.index.shape[1]]))
+
+    def repeat(self, x: Tensor) -> Tensor:
+        """[B, G, T, head] to [B, H, T, head]: the kernel wants as many key heads as query heads."""
+        return x.repeat_interleave(self.repeats, dim=1)
+
+    def _places(self, x: Tensor) -> Tensor:
+        index = self.index[:, None, :, None] if x.ndim == 4 else self.index[:, None, :]
+        return index.expand(x.shape[0], x.shape[1], -1, *x.shape[3:])
