@@ -7,7 +7,7 @@ from itertools import islice
 
 import torch
 
-from confu.data import _epoch_plan
+from confu.data import epoch_plan
 from confu.documents import Document
 
 
@@ -40,4 +40,4 @@ def _micro_batches(documents: Sequence[Document], batch_tokens: int, seed: int, 
 
 def _epoch(documents: Sequence[Document], batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-    return _epoch_plan(documents, batch_tokens, generator)
+    return epoch_plan(documents, batch_tokens, generator)
