@@ -17,9 +17,9 @@ from confu.track import TRACKERS
 
 T = TypeVar("T")
 
-FUTURE_FORMS = ("row", "kv", "input", "fuse")
-"""How f enters the draft layer (METHOD 8 and docs/training.md): a row of its own, keys and values projected from it, a
-third input of every row, or an addition to the fused features."""
+FUTURE_FORMS = ("row", "kv", "input", "head")
+"""How f enters the draft (METHOD 8, docs/training.md): a row of its own, keys and values projected from it, a third
+input of every row, or an addition to what the head reads."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,9 @@ class DraftConfig:
     replication: int = 0
     """Draft rows that one future prediction serves (l)."""
     future_form: str = "row"
-    """How f enters the draft layer: ``row``, ``kv``, ``input`` or ``fuse`` (ConFu; see `DraftModel`)."""
+    """How f enters the draft: ``row``, ``kv``, ``input`` or ``head`` (ConFu; see `DraftModel`)."""
+    future_steps: int = 0
+    """Draft steps whose head reads f by weights of their own; later ones share the last's (form ``head``)."""
     vocabulary_fingerprint: str = ""
     """SHA-256 of the data files whose token counts chose the draft vocabulary."""
 
@@ -169,6 +171,8 @@ class DraftConfig:
             if self.top_experts > self.num_experts:
                 raise ValueError(f"top_experts is {self.top_experts}, more than the {self.num_experts} experts.")
         _one_of(self, "future_form", FUTURE_FORMS)
+        if self.method == "confu" and self.future_form == "head":
+            _at_least(self, "future_steps", 1)
 
     def future_is(self, *forms: str) -> bool:
         """Whether this is a ConFu draft whose f enters in one of these forms."""
@@ -238,8 +242,8 @@ class TrainConfig:
     """Experts kept by the router."""
     replication: int = 8
     """Rows served by one anchor (l); about one anchor in l rows is drawn."""
-    future_form: str = "fuse"
-    """How f enters the draft layer: ``row``, ``kv``, ``input`` or ``fuse``."""
+    future_form: str = "head"
+    """How f enters the draft: ``row``, ``kv``, ``input`` or ``head``."""
     max_router_lag: int = 7
     """An anchor is routed by the state of a position 1 to this many steps before it."""
     seed: int = 0

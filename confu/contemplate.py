@@ -48,9 +48,10 @@ class Contemplation(nn.Module):
             self.future = Mixture(width, width, experts, top)
         elif form == "kv":
             self.future_kv = nn.Linear(3 * width, 2 * config.num_key_value_heads * config.head_dim, bias=False)
-        else:  # starts at zero: the draft begins as the EAGLE-3 draft it is built around
+        elif form == "input":
             self.future_fc = nn.Linear(3 * width, width, bias=False)
-            nn.init.zeros_(self.future_fc.weight)
+        else:
+            self.future_heads = nn.Parameter(torch.zeros(config.future_steps, width, 3 * width))
 
 
 def tree_rows_mask(ancestors: Bool[Tensor, "B N N"], con_nodes: Int[Tensor, "B C"]) -> Bool[Tensor, "B N+C N+C"]:

@@ -36,8 +36,8 @@ class StepFlops:
     teacher: float
     """The target's head over the draft vocabulary, where it teaches."""
     contemplate: float
-    """Rows of the anchors through the frozen layers up to the last captured one, and the gradient back to their input
-    and to the soft prompts."""
+    """Rows of the anchors through the frozen layers up to the last state that f holds, and the gradient back to their
+    input and to the soft prompts."""
     draft: float
     """Fusion, keys and values of all rows, and the unrolled steps."""
     head: float
@@ -74,16 +74,20 @@ def step_flops(target: Target, draft: DraftConfig, spans: Int[Tensor, " T"], ttt
 
     contemplated = 0.0
     if draft.method == "confu" and num_taught:
-        num_layers = max(draft.feature_layers)
+        num_layers = max(draft.feature_layers) if draft.future_is("row") else target.num_layers
         anchors = torch.arange(int(starts[0]), int(starts[-1]) + 1, draft.replication)
         own = draft.num_soft_prompts + 1  # keys whose own gradient is needed, too: soft prompts and the row itself
         constant = int((anchors + 1).sum())
         contemplated = num_layers * (2 * len(anchors) * 2 * layer + attention * (2 * constant + 3 * len(anchors) * own))
-        # How f enters: through the layer as a row, projected to keys and values, or to the layer's width.
-        entry = {"row": fusion + key_value, "kv": 3 * key_value / 2}.get(draft.future_form, fusion)
+        # How f enters: through the layer as a row, projected to keys and values, or to the layer's width; in form
+        # head once more for every step.
+        entry = {"row": fusion + key_value, "kv": 3 * key_value / 2, "input": fusion, "head": 0}[draft.future_form]
         drafted += 3 * len(anchors) * entry
+        num_rows = int(supervised.sum())
         if draft.future_is("row", "kv"):
-            drafted += 3 * attention * int(supervised.sum())  # every row of every step sees one more key
+            drafted += 3 * attention * num_rows  # one more key
+        if draft.future_is("head"):
+            drafted += 3 * fusion * num_rows / draft.replication
 
     vocabulary = 2 * width * draft.draft_vocab_size
     return StepFlops(

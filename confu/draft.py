@@ -77,10 +77,11 @@ class Layer(nn.Module):
 class DraftModel(nn.Module):
     """EAGLE-3 draft; with ``config.method == "confu"`` it also owns the target-side and draft-side future weights.
 
-    The future prediction f of an anchor enters in one of four forms (METHOD 4 and 8). ``row`` and ``kv`` give every row
-    that the anchor serves one more key and value: those of a row (expert embedding, W_fc f), or projected from f alone.
-    ``fuse`` and ``input`` change the rows themselves: fused features W_fc h + W_f f, or a third input of queries, keys
-    and values that stays the same over the draft's steps. Zero f in these two is EAGLE-3.
+    The future prediction f of an anchor is the low, mid, high and final state of its contemplate row. It enters in one
+    of four forms (METHOD 4 and 8, docs/training.md). ``row`` and ``kv`` give every row that the anchor serves one more
+    key and value: those of a row (expert embedding, W_fc of low to high), or projected from mid to final. ``input``
+    and ``head`` read mid to final, each normed, and keep them over the draft's steps: as a third input of queries, keys
+    and values, or added by W_k to what the head reads in step k. Zero f in these two is EAGLE-3.
 
     Token embeddings are the target's and are passed in. ``d2t`` is an offset: target id = draft id + d2t[draft id].
     """
@@ -104,22 +105,21 @@ class DraftModel(nn.Module):
         """g = W_fc h: target features to draft width. Never applied to the draft's own recycled state."""
         return self.fc(features)
 
-    def enter(
-        self, fused: Float[Tensor, "... D"], future: Float[Tensor, "... D3"] | None
-    ) -> tuple[Float[Tensor, "... D"], Float[Tensor, "... D"] | None]:
-        """Hidden input and third input of rows that f serves (0 where it serves none): g + W_f f and nothing (fuse),
-        g and W_f f (input), g and nothing for every other draft."""
-        if future is not None and self.config.future_is("fuse", "input"):
-            assert self.contemplation is not None
-            looked = self.contemplation.future_fc(future)
-            return (fused + looked, None) if self.config.future_is("fuse") else (fused, looked)
-        return fused, None
+    def ahead(self, future: Float[Tensor, "... D4"] | None) -> Float[Tensor, "... Df"] | None:
+        """What accompanies the rows that f serves (f is 0 where it serves none): its normed states (head), or W_f of
+        them (input). None for every other draft."""
+        if future is None or self.contemplation is None or not self.config.future_is("input", "head"):
+            return None
+        states = future.unflatten(-1, (4, -1))[..., 1:, :].float()
+        states = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + self.config.rms_norm_eps)
+        states = states.flatten(-2).to(future.dtype)
+        return self.contemplation.future_fc(states) if self.config.future_is("input") else states
 
     def row(
         self,
         embedding: Float[Tensor, "... D"],
         hidden: Float[Tensor, "... D"],
-        ahead: Float[Tensor, "... D"] | None = None,
+        ahead: Float[Tensor, "... Df"] | None = None,
     ) -> Float[Tensor, "... Dn"]:
         """Input of the attention projections: normed embedding first, normed hidden second, in form ``input`` the
         normed W_f f third (zero when there is none)."""
@@ -139,15 +139,17 @@ class DraftModel(nn.Module):
         return self._rotate(self._heads(attention.k_proj(row)), positions), self._heads(attention.v_proj(row))
 
     def future_slot(
-        self, future: Float[Tensor, "B R D3"], states: Float[Tensor, "B R D"], anchors: Int[Tensor, "B R"]
+        self, future: Float[Tensor, "B R D4"], states: Float[Tensor, "B R D"], anchors: Int[Tensor, "B R"]
     ) -> tuple[Float[Tensor, "B G R head"], Float[Tensor, "B G R head"]]:
         """Keys and values that f adds, at the position one past its anchor. ``row``: experts routed by g of the anchor
         token (``states``) and W_fc f, through the layer's projections; ``kv``: projected from f."""
         assert self.contemplation is not None
         if self.config.future_is("kv"):
-            keys, values = self._heads(self.contemplation.future_kv(future)).chunk(2, dim=1)
+            keys, values = self._heads(self.contemplation.future_kv(future[..., self.config.hidden_size :])).chunk(2, 1)
             return self._rotate(keys, anchors + 1), values
-        row = self.row(self.contemplation.future(states).to(states.dtype), self.fuse(future))
+        row = self.row(
+            self.contemplation.future(states).to(states.dtype), self.fuse(future[..., : -self.config.hidden_size])
+        )
         return self.keys_values(row, anchors + 1)
 
     def finish(self, hidden: Float[Tensor, "B R D"], attended: Float[Tensor, "B H R head"]) -> Float[Tensor, "B R D"]:
@@ -156,8 +158,20 @@ class DraftModel(nn.Module):
         hidden = hidden + layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
         return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
-    def logits(self, out: Float[Tensor, "... D"]) -> Float[Tensor, "... U"]:
-        return self.lm_head(self.norm(out))
+    def read(
+        self, out: Float[Tensor, "... D"], ahead: Float[Tensor, "... Df"] | None = None, step: int = 0
+    ) -> Float[Tensor, "... D"]:
+        """What the head reads of the layer's output in a draft step: norm(out), plus W_step f in form ``head``."""
+        normed = self.norm(out)
+        if ahead is None or self.contemplation is None or not self.config.future_is("head"):
+            return normed
+        weights = self.contemplation.future_heads
+        return normed + nn.functional.linear(ahead, weights[min(step, len(weights) - 1)])
+
+    def logits(
+        self, out: Float[Tensor, "... D"], ahead: Float[Tensor, "... Df"] | None = None, step: int = 0
+    ) -> Float[Tensor, "... U"]:
+        return self.lm_head(self.read(out, ahead, step))
 
     def set_vocabulary(self, token_ids: Int[Tensor, " U"]) -> None:
         """Take these target ids, sorted ascending, as the draft vocabulary."""

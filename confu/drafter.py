@@ -34,7 +34,7 @@ class Accepted:
     """The token after the last real row, not yet in the cache: the next tree's root."""
     features: Float[Tensor, "B M D3"]
     """Captured target states h of the rows."""
-    future: Float[Tensor, "B M D3"] | None = None
+    future: Float[Tensor, "B M D4"] | None = None
     """Future prediction f as each row reads it: its own, or its nearest contemplated ancestor's. None when nothing
     contemplates. The tree that grows from the last real row reads that row's."""
     anchors: Int[Tensor, "B M"] | None = None
@@ -77,12 +77,12 @@ def check_fit(config: DraftConfig, target: Target) -> None:
 
 
 class TreeState:
-    """KV cache of the draft layer (soft slot 0 holds what f adds), the root row's output, from which trees grow, and
-    the third input that f gives all rows of the tree (form ``input``)."""
+    """KV cache of the draft layer (soft slot 0 holds what f adds there), the root row's output, from which trees grow,
+    and what of f accompanies all rows of the tree."""
 
     def __init__(self, cache: KVCache, root: Tensor, out: Tensor) -> None:
         self.cache, self.root, self.out = cache, root, out
-        self.ahead: Tensor | None = None  # [B, 1, D]
+        self.ahead: Tensor | None = None  # [B, 1, Df]
         self.has_slot = False
 
     @property
@@ -141,8 +141,8 @@ class TreeDrafter:
             anchor = accepted.anchors.gather(1, last)
             slot = draft.future_slot(take(accepted.future, last), take(fused, anchor), positions.gather(1, anchor))
             cache.write_soft(slot[0][None], slot[1][None])
-        hidden, ahead = draft.enter(fused, accepted.future)
-        row = draft.row(self.target.embed(following), hidden, ahead)
+        ahead = draft.ahead(accepted.future)
+        row = draft.row(self.target.embed(following), fused, ahead)
         state.ahead = take(ahead, last) if ahead is not None else None
 
         cache.open_rows(num_rows, with_soft=state.has_slot)
@@ -150,7 +150,7 @@ class TreeDrafter:
         visible = torch.arange(num_rows, device=device) <= last[:, :, None]  # [B, 1, M]
         queries = draft.queries(take(row, last), positions.gather(1, last))
         attended = attend(queries, keys, values, self._mask(state, visible))
-        state.out = draft.finish(take(hidden, last), attended)[:, 0]
+        state.out = draft.finish(take(fused, last), attended)[:, 0]
         state.root = accepted.next_tokens
         cache.advance(counts)
 
@@ -160,8 +160,8 @@ class TreeDrafter:
         batch, device = len(state.lengths), state.root.device
         candidates = Candidates(config.topk)
         zeros = torch.zeros(batch, 1, device=device)
-        out = state.out[:, None]  # [B, 1, D]
-        frontier = candidates.add_level(self._log_probs(out), self._target_ids, zeros, zeros.long() - 1)
+        out = state.out[:, None]  # [B, 1, Df]
+        frontier = candidates.add_level(self._log_probs(state, out, 0), self._target_ids, zeros, zeros.long() - 1)
         width = frontier.tokens.shape[1]
         itself = torch.eye(width, dtype=torch.bool, device=device).expand(batch, -1, -1)
         reach = itself[:, :, :0]  # which drafted rows each frontier row sees; grows by one level a step
@@ -174,7 +174,7 @@ class TreeDrafter:
             hidden = take(out, frontier.origin)
             out = self._step(state, frontier, hidden, positions + level, reach)
             frontier = candidates.add_level(
-                self._log_probs(out), self._target_ids, frontier.scores, frontier.candidates
+                self._log_probs(state, out, level + 1), self._target_ids, frontier.scores, frontier.candidates
             )
         return candidates.prune(state.root, config.nodes)
 
@@ -189,8 +189,7 @@ class TreeDrafter:
         """One draft forward over the frontier: its rows see the prefix, their own ancestors, themselves and f."""
         draft, cache = self.draft, state.cache
         width = hidden.shape[1]
-        ahead = state.ahead.expand_as(hidden) if state.ahead is not None else None
-        row = draft.row(self.target.embed(frontier.tokens), hidden, ahead)
+        row = draft.row(self.target.embed(frontier.tokens), hidden, self._ahead(state, width))
         cache.open_rows(width, offset=reach.shape[2] - width, with_soft=state.has_slot)
         keys, values = cache.update(*draft.keys_values(row, positions), 0)
         attended = attend(draft.queries(row, positions), keys, values, self._mask(state, reach))
@@ -200,5 +199,8 @@ class TreeDrafter:
         everyone = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
         return state.cache.row_mask(rows, with_soft=everyone if state.has_slot else False)
 
-    def _log_probs(self, out: Float[Tensor, "B R D"]) -> Float[Tensor, "B R U"]:
-        return self.draft.logits(out).float().log_softmax(dim=-1)
+    def _log_probs(self, state: TreeState, out: Float[Tensor, "B R D"], step: int) -> Float[Tensor, "B R U"]:
+        return self.draft.logits(out, self._ahead(state, out.shape[1]), step).float().log_softmax(dim=-1)
+
+    def _ahead(self, state: TreeState, num_rows: int) -> Tensor | None:
+        return state.ahead.expand(-1, num_rows, -1) if state.ahead is not None else None

@@ -203,7 +203,8 @@ class _Walk:
         if draft.contemplation is not None and cache is not None:
             self.prefix = PrefixCache(cache, draft.contemplation.soft_keys, draft.contemplation.soft_values)
             nobody = torch.full_like(tokens, -1)
-            self.future = Future(torch.zeros_like(features), Anchors(self.place, self.place, nobody))
+            states = features.new_zeros(*tokens.shape, 4 * target.hidden_size)
+            self.future = Future(states, Anchors(self.place, self.place, nobody))
 
     def commit(self, first: Int[Tensor, " B"], last: Int[Tensor, " B"], router: Int[Tensor, " B"]) -> None:
         """Rows ``first`` to ``last`` get their f, routed by h of ``router``."""
@@ -224,8 +225,8 @@ class _Walk:
         every_step = torch.ones(self.depth, len(row), 1, dtype=torch.bool, device=row.device)
         rows = Rows(row[:, None], every_step)
         correct = []
-        for step, out in enumerate(unroll(self.draft, self.target, self.tokens, self.features, rows, self.future)):
-            predicted = self.draft.target_ids()[self.draft.logits(out)[:, 0].argmax(-1)]
+        for step, read in enumerate(unroll(self.draft, self.target, self.tokens, self.features, rows, self.future)):
+            predicted = self.draft.target_ids()[self.draft.lm_head(read[:, 0]).argmax(-1)]
             following = (row[:, None] + 2 + step).clamp(max=self.tokens.shape[1] - 1)
             correct.append(predicted == self.tokens.gather(1, following)[:, 0])
         return torch.stack(correct).long().cumprod(0).sum(0)

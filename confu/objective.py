@@ -48,11 +48,11 @@ class Anchors:
 class Future:
     """Future predictions of a batch's anchors, and which anchor serves which row."""
 
-    states: Float[Tensor, "B A D3"]
+    states: Float[Tensor, "B A D4"]
     """f of the anchors."""
     anchors: Anchors
 
-    def of_rows(self) -> Float[Tensor, "B T D3"]:
+    def of_rows(self) -> Float[Tensor, "B T D4"]:
         """f as each row reads it: that of its anchor, 0 where it has none."""
         served_by = self.anchors.served_by[:, :, None]
         return take(self.states, served_by[:, :, 0].clamp(min=0)) * (served_by >= 0)
@@ -161,8 +161,8 @@ def losses(
     valid = rows.supervised[0]
     teachers = take(final, rows.index + 1)[valid]  # [R, D]; flat order is by sequence, then row
     teacher = target.head_rows(teachers, draft.target_ids())  # [R, U]
-    outs = unroll(draft, target, tokens, features, rows, future)
-    return _distil(draft, outs, teacher, rows, step_decay, normaliser)
+    read = unroll(draft, target, tokens, features, rows, future)
+    return _distil(draft, read, teacher, rows, step_decay, normaliser)
 
 
 def contemplate(
@@ -171,7 +171,7 @@ def contemplate(
     prefix: PrefixCache,
     features: Float[Tensor, "B T D3"],
     anchors: Anchors,
-) -> Float[Tensor, "B A D3"]:
+) -> Float[Tensor, "B A D4"]:
     """f of every anchor: one row each, behind the soft prompts and the prefix up to the anchor, through the frozen
     layers with gradient. Anchors do not see each other."""
     con = contemplation.con(take(features, anchors.router)).to(features.dtype)
@@ -198,9 +198,10 @@ def unroll(
     rows: Rows,
     future: Future | None,
 ) -> list[Float[Tensor, "B Q D"]]:
-    """Outputs of the K unrolled steps. Step k attends step-0 keys up to its row, the keys that its own row left in
-    steps 1..k, and the key that the f which serves it adds: all but the first kind are one key per row."""
-    fused, ahead = draft.enter(draft.fuse(features), future.of_rows() if future else None)  # [B, T, D]
+    """What the head reads of each of the K unrolled steps. Step k attends step-0 keys up to its row, the keys that its
+    own row left in steps 1..k, and the key that its f adds: all but the first kind are one key per row."""
+    fused = draft.fuse(features)  # [B, T, D]
+    ahead = draft.ahead(future.of_rows()) if future is not None else None
     row0 = draft.row(target.embed(tokens.roll(-1, dims=1)), fused, ahead)
     place = torch.arange(tokens.shape[1], device=tokens.device)
     keys0, values0 = draft.keys_values(row0, place.expand(tokens.shape))
@@ -212,7 +213,7 @@ def unroll(
         index = served_by.clamp(min=0)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
         own.append((keys.gather(2, index), values.gather(2, index), served_by >= 0))
 
-    hidden, outs = take(fused, rows.index), []
+    hidden, read = take(fused, rows.index), []
     ahead = take(ahead, rows.index) if ahead is not None else None
     for step in range(len(rows.supervised)):
         following = tokens.gather(1, (rows.index + 1 + step).clamp(max=tokens.shape[1] - 1))
@@ -222,13 +223,13 @@ def unroll(
             own.append((*draft.keys_values(row, positions), None))
         attended = attend_merged(draft.queries(row, positions), keys0, values0, rows.index, own)
         hidden = draft.finish(hidden, attended)
-        outs.append(hidden)
-    return outs
+        read.append(draft.read(hidden, ahead, step))
+    return read
 
 
 def _distil(
     draft: DraftModel,
-    outs: list[Tensor],
+    read: list[Tensor],
     teacher: Float[Tensor, "R U"],
     rows: Rows,
     step_decay: float,
@@ -242,11 +243,11 @@ def _distil(
     valid = rows.supervised[0]
     total = torch.zeros((), device=teacher.device)
     kls, accuracies = [], []
-    for step, out in enumerate(outs):
+    for step, states in enumerate(read):
         counted = rows.supervised[step]
         taught_by = counted[valid].nonzero()[:, 0] + step  # row i of step k is taught at x[i+1+k], k rows further on
         cross_entropy, hits = HeadCrossEntropy.apply(
-            draft.norm(out[counted]), draft.lm_head.weight, p, best, taught_by
+            states[counted], draft.lm_head.weight, p, best, taught_by
         )  # fmt: skip
         kl = cross_entropy + negative_entropy[taught_by].sum()
         total = total + step_decay**step * kl

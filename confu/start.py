@@ -88,6 +88,7 @@ def confu_config(config: TrainConfig, source: DraftConfig) -> DraftConfig:
         top_experts=config.top_experts,
         replication=config.replication,
         future_form=config.future_form,
+        future_steps=config.ttt_steps if config.future_form == "head" else 0,
     )
 
 
@@ -131,6 +132,9 @@ def add_contemplation(source: DraftModel, config: TrainConfig, target: Target, c
             experts = target.embed(picked.to(target.device)).float().cpu()
             noise = torch.randn(experts.shape, generator=generator) * 0.1 * experts.std()
             mixture.experts.copy_(experts + noise)
+        if config.future_form == "head":  # the first step's head begins by adding a little of the final state
+            width = target.hidden_size
+            draft.contemplation.future_heads[0, :, 2 * width :] = 0.3 * torch.eye(width)
     return draft
 
 

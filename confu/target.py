@@ -32,8 +32,8 @@ class Verified:
     """Target logits at every node, float32."""
     features: Float[Tensor, "B N D3"]
     """Captured states h of every node."""
-    future: Float[Tensor, "B C D3"] | None
-    """Captured states f of the contemplate rows."""
+    future: Float[Tensor, "B C D4"] | None
+    """Captured states f of the contemplate rows, and their final one."""
     con_nodes: Int[Tensor, "B C"] | None
     """The node each contemplate row follows."""
 
@@ -110,9 +110,9 @@ class Target:
             causal = torch.ones(num_rows, num_rows, dtype=torch.bool, device=self.device).tril()
             mask = cache.row_mask(causal.expand(len(counts), -1, -1), with_soft=False)
         positions = cache.lengths_tensor()[:, None] + torch.arange(num_rows, device=self.device)
-        _, features = self.forward_rows(self.embed(tokens), positions, mask, cache, num_logits=0)
+        _, states = self.forward_rows(self.embed(tokens), positions, mask, cache, num_logits=0)
         cache.advance(counts)
-        return features
+        return states[..., : 3 * self.hidden_size]
 
     def verify(
         self,
@@ -134,8 +134,8 @@ class Target:
         if contemplation is None or num_con == 0:
             cache.open_rows(num_nodes)
             mask = cache.row_mask(tree.ancestors, with_soft=False)
-            logits, features = self.forward_rows(embeddings, positions, mask, cache, num_logits=num_nodes)
-            return Verified(logits, features, None, None)
+            logits, states = self.forward_rows(embeddings, positions, mask, cache, num_logits=num_nodes)
+            return Verified(logits, states[..., : 3 * self.hidden_size], None, None)
 
         assert router_state is not None
         con_nodes = tree.most_probable(num_con)
@@ -151,7 +151,8 @@ class Target:
             cache,
             num_logits=num_nodes,
         )
-        return Verified(logits, states[:, :num_nodes], states[:, num_nodes:], con_nodes)
+        features = states[:, :num_nodes, : 3 * self.hidden_size]
+        return Verified(logits, features, states[:, num_nodes:], con_nodes)
 
     def teach(
         self, tokens: Int[Tensor, "B T"], cache: KVCache | None
@@ -186,8 +187,10 @@ class Target:
         cache: Cache,
         *,
         num_logits: int,
-    ) -> tuple[Float[Tensor, "B num_logits V"], Float[Tensor, "B R D3"]]:
-        """The model's own forward; logits (float32) of the first ``num_logits`` rows, captured states of all rows."""
+    ) -> tuple[Float[Tensor, "B num_logits V"], Float[Tensor, "B R D4"]]:
+        """The model's own forward; logits (float32) of the first ``num_logits`` rows, captured low, mid, high and final
+        states of all rows."""
+        layers = [*self.feature_layers, self.num_layers]
         attention_mask = None
         if mask is not None:
             attention_mask = mask[:, None]
@@ -202,11 +205,10 @@ class Target:
             attention_mask=attention_mask,
             past_key_values=cache,
             use_cache=True,
-            output_hidden_states=list(self.feature_layers),
+            output_hidden_states=layers,
             logits_to_keep=torch.arange(num_logits, device=embeddings.device),
         )
-        features = torch.cat([out.hidden_states[layer] for layer in self.feature_layers], dim=-1)
-        return out.logits.float(), features
+        return out.logits.float(), torch.cat([out.hidden_states[layer] for layer in layers], dim=-1)
 
 
 def default_feature_layers(num_layers: int) -> tuple[int, int, int]:

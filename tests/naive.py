@@ -45,18 +45,25 @@ def build_model(vocab_size: int = 64, *, seed: int = 0, spread: float = 0.3, **o
         return LlamaForCausalLM(config).float().eval().requires_grad_(False)
 
 
-METHODS = ("eagle3", "confu", "confu-kv", "confu-input", "confu-fuse")
+METHODS = ("eagle3", "confu", "confu-kv", "confu-input", "confu-head")
 
 
 def build_draft(model: LlamaForCausalLM, method: str, *, draft_vocab_size: int | None = None, seed: int = 1):
     """A random draft; contemplation weights as large as they can leak, norm weights away from one.
 
-    ``method``: eagle3, confu (f as a row), or confu-kv, confu-input, confu-fuse.
+    ``method``: eagle3, confu (f as a row), or confu-kv, confu-input, confu-head.
     """
     method, _, form = method.partition("-")
     vocab_size = model.config.vocab_size
     draft_vocab_size = draft_vocab_size or vocab_size
-    confu = {"num_soft_prompts": 3, "num_experts": 5, "top_experts": 2, "replication": 8, "future_form": form or "row"}
+    confu = {
+        "num_soft_prompts": 3,
+        "num_experts": 5,
+        "top_experts": 2,
+        "replication": 8,
+        "future_form": form or "row",
+        "future_steps": 2,
+    }
     draft = DraftModel(
         DraftConfig(
             method=method,
@@ -79,7 +86,7 @@ def build_draft(model: LlamaForCausalLM, method: str, *, draft_vocab_size: int |
     for name, weight in sorted(draft.named_parameters()):
         noise = torch.randn(weight.shape, generator=rng)
         if name.startswith("contemplation.future_"):
-            weight.data = noise / math.sqrt(weight.shape[1])
+            weight.data = noise / math.sqrt(weight.shape[-1])
         elif name.startswith("contemplation"):
             weight.data = noise
         elif weight.ndim == 1:
@@ -156,26 +163,30 @@ def assert_close(actual, expected, tolerance: float = 1e-5) -> None:
 
 @torch.no_grad()
 def _run(model, **inputs):
-    """The model's own forward, and what entered its three feature layers."""
+    """The model's own forward, and what entered its three feature layers and its head."""
     captured = {}
+    places = [*(model.model.layers[layer] for layer in FEATURE_LAYERS), model.lm_head]
     hooks = [
-        model.model.layers[layer].register_forward_pre_hook(
-            lambda module, args, layer=layer: captured.__setitem__(layer, args[0])
-        )
-        for layer in FEATURE_LAYERS
+        place.register_forward_pre_hook(lambda module, args, name=name: captured.__setitem__(name, args[0]))
+        for name, place in enumerate(places)
     ]
     out = model(use_cache=True, **inputs)
     for hook in hooks:
         hook.remove()
-    return out, torch.cat([captured[layer] for layer in FEATURE_LAYERS], dim=-1)[0]
+    return out, torch.cat([captured[name] for name in range(4)], dim=-1)[0]
 
 
 @cache
 def read(model, tokens: tuple[int, ...]):
     """Logits [T, V], features [T, 3D], and keys and values [L, heads, T, head_dim] of a plain forward over tokens."""
-    out, features = _run(model, input_ids=torch.tensor([tokens]))
+    out, states = _run(model, input_ids=torch.tensor([tokens]))
     layers = out.past_key_values.layers
-    return out.logits[0], features, torch.cat([x.keys for x in layers]), torch.cat([x.values for x in layers])
+    return (
+        out.logits[0],
+        states[:, : 3 * HIDDEN],
+        torch.cat([x.keys for x in layers]),
+        torch.cat([x.values for x in layers]),
+    )
 
 
 _generated: dict[torch.nn.Module, list[tuple[int, tuple[int, ...]]]] = {}  # prompt length, and prompt with answer
@@ -256,19 +267,26 @@ class NaiveDraft:
     def fuse(self, h):
         return self.w["fc.weight"] @ h
 
-    def enter(self, h, told):
-        """Hidden input and third input of a row with features h that f (``told``: f and its anchor) serves."""
-        hidden = self.fuse(h)
-        if self.form in ("fuse", "input"):
-            ahead = self.w["contemplation.future_fc.weight"] @ told[0] if told else torch.zeros(HIDDEN)
-            return (hidden + ahead, None) if self.form == "fuse" else (hidden, ahead)
-        return hidden, None
+    def states(self, told):
+        """Mid, high and final state of f (``told``: f and its anchor), each divided by its root mean square."""
+        parts = told[0].split(HIDDEN)[1:]
+        return torch.cat([x / math.sqrt(x.square().mean().item() + self.config.rms_norm_eps) for x in parts])
 
-    def row(self, embedding, hidden, ahead=None):
+    def row(self, embedding, hidden, told=None):
         parts = [self.norm("midlayer.input_layernorm", embedding), self.norm("midlayer.hidden_norm", hidden)]
-        if ahead is not None:
-            parts.append(self.norm("midlayer.future_norm", ahead))
+        if self.form == "input":
+            third = torch.zeros(HIDDEN)
+            if told:
+                third = self.norm("midlayer.future_norm", self.w["contemplation.future_fc.weight"] @ self.states(told))
+            parts.append(third)
         return torch.cat(parts)
+
+    def read(self, out, step: int, told=None):
+        """What the head reads in a draft step; weights of two steps are there, the last serves all later ones."""
+        normed = self.norm("norm", out)
+        if self.form == "head" and told:
+            normed = normed + self.w["contemplation.future_heads"][min(step, 1)] @ self.states(told)
+        return normed
 
     def key_value(self, row, position: int):
         """Keys (rotated) and values of one row, a list over the key-value heads."""
@@ -280,7 +298,7 @@ class NaiveDraft:
         """Key-value rows of a sequence: row i holds h[i] and the embedding of token i + 1, at position i, and what f
         of ``told[i]`` adds to it."""
         return [
-            self.key_value(self.row(self.embedding[tokens[i + 1]], *self.enter(features[i], told.get(i))), i)
+            self.key_value(self.row(self.embedding[tokens[i + 1]], self.fuse(features[i]), told.get(i)), i)
             for i in range(len(tokens) - 1)
         ]
 
@@ -292,14 +310,14 @@ class NaiveDraft:
         f, anchor = told
         if self.form == "row":
             embedding = mixture(self.contemplation.future, self.fuse(features[anchor]))
-            return [self.key_value(self.row(embedding, self.fuse(f)), anchor + 1)]
-        heads = (self.w["contemplation.future_kv.weight"] @ f).split(self.config.head_dim)
+            return [self.key_value(self.row(embedding, self.fuse(f[: 3 * HIDDEN])), anchor + 1)]
+        heads = (self.w["contemplation.future_kv.weight"] @ f[HIDDEN:]).split(self.config.head_dim)
         half = self.config.num_key_value_heads
         return [([self.rope(key, anchor + 1) for key in heads[:half]], list(heads[half:]))]
 
-    def layer(self, embedding, hidden, position: int, seen, ahead=None):
+    def layer(self, embedding, hidden, position: int, seen, told=None):
         """Output of the layer for one row that attends to the key-value rows ``seen`` (its own is the last)."""
-        row = self.row(embedding, hidden, ahead)
+        row = self.row(embedding, hidden, told)
         queries = (self.w["midlayer.self_attn.q_proj.weight"] @ row).split(self.config.head_dim)
         group = len(queries) // self.config.num_key_value_heads
         heads = []
@@ -323,21 +341,21 @@ class NaiveDraft:
         """
         told, last = told or {}, len(tokens) - 2
         rows = [*self.slots(features, told.get(last)), *self.prefix(tokens, features, told)]
-        start, ahead = self.enter(features[last], told.get(last))
+        mine = told.get(last)
 
         @cache
         def output(path):
             """Output state of the path's last row, and the key-value rows of the path."""
             if not path:
-                return self.layer(self.embedding[tokens[-1]], start, last, rows, ahead), ()
+                return self.layer(self.embedding[tokens[-1]], self.fuse(features[last]), last, rows, mine), ()
             hidden, drafted = output(path[:-1])
             embedding, position = self.embedding[path[-1]], last + len(path)
-            drafted = (*drafted, self.key_value(self.row(embedding, hidden, ahead), position))
-            return self.layer(embedding, hidden, position, [*rows, *drafted], ahead), drafted
+            drafted = (*drafted, self.key_value(self.row(embedding, hidden, mine), position))
+            return self.layer(embedding, hidden, position, [*rows, *drafted], mine), drafted
 
         @cache
         def log_probs(path):
-            logits = self.w["lm_head.weight"] @ self.norm("norm", output(path)[0])
+            logits = self.w["lm_head.weight"] @ self.read(output(path)[0], len(path), mine)
             return dict(zip(self.target_ids, logits.log_softmax(0).tolist(), strict=True))
 
         return log_probs

@@ -76,7 +76,7 @@ def test_draft_cache_and_trees_equal_the_layer_written_out(model, drafters, shap
     drafter.grow(state, TreeConfig(nodes=20, depth=3, topk=5))  # a tree nobody accepts must leave no trace
     f, anchors, told = None, None, [{}, {}, {}]
     if method != "eagle3":
-        f = torch.randn(3, 3, 3 * naive.HIDDEN, generator=torch.Generator().manual_seed(0)) * 5
+        f = torch.randn(3, 3, 4 * naive.HIDDEN, generator=torch.Generator().manual_seed(0)) * 5
         anchors = torch.tensor([[0, 0, 2], [0, 0, 0], [0, 1, 1]])  # of the rows 4 to 6, 2 to 3 and 3 to 4
         for row, (start, count) in enumerate([(4, 3), (2, 2), (3, 2)]):
             f[row] = f[row, anchors[row]]
@@ -102,7 +102,7 @@ def test_future_slot_of_the_last_round_is_forgotten(model, drafters, method):
     trees = []
     for stale in (False, True):
         state = drafters[method].new_state(3, 16)
-        f = torch.randn(3, 4, 3 * naive.HIDDEN, generator=torch.Generator().manual_seed(0)) if stale else None
+        f = torch.randn(3, 4, 4 * naive.HIDDEN, generator=torch.Generator().manual_seed(0)) if stale else None
         anchors = torch.zeros(3, 4, dtype=torch.int64) if stale else None
         commit(drafters[method], model, state, SEQUENCES, [0, 0, 0], [4, 2, 3], future=f, anchors=anchors)
         commit(drafters[method], model, state, SEQUENCES, [4, 2, 3], [7, 4, 5])

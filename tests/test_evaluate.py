@@ -92,7 +92,7 @@ def test_simulated_rounds_are_the_decoders(drafts, target, kind, depth):
 
 def test_simulated_future_is_not_idle(drafts, target):
     """A negative control: other soft prompts make other rounds."""
-    draft = DraftModel.load(drafts["fuse"])
+    draft = DraftModel.load(drafts["head"])
     assert draft.contemplation is not None
     prompts = prompts_of(QUESTIONS)
     answers = [r.token_ids for r in Decoder(target, None).generate(prompts, SamplingConfig(max_new_tokens=30))]
@@ -292,7 +292,7 @@ def test_interrupted_evaluation_is_made_up_for(evaluated, target, tmp_path, monk
 def test_confu_trains_on_after_an_evaluation(evaluated, drafts, target, tmp_path):
     """Decoding runs in inference mode; nothing of it may reach the target's next forward with gradient."""
     config = dataclasses.replace(
-        evaluated, method="confu", init=str(drafts["fuse"]), out=str(tmp_path / "run"), steps=2, evaluate_every=1
+        evaluated, method="confu", init=str(drafts["head"]), out=str(tmp_path / "run"), steps=2, evaluate_every=1
     )
     train(config, target, TOKENIZER)
     assert [row["step"] for row in rows_of(tmp_path / "run") if "tau" in row] == [1, 2]

@@ -160,21 +160,22 @@ def text(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 def naive_chain(draft, model, tokens: list[int], features, i: int, num_steps: int, told=None) -> list[torch.Tensor]:
-    """Step outputs of row i as decoding makes them: the prefix's rows 0 .. i, then the chain's own rows, true tokens.
+    """What the head reads in each step of row i, as decoding makes it: behind the prefix's rows 0 .. i and the chain's
+    own rows, true tokens.
 
     ``told[j]`` is (f, its anchor) as row j reads it.
     """
     naive, told = NaiveDraft(draft, model), told or {}
     seen = naive.prefix(tokens[: i + 2], features, told)  # rows 0 .. i; row i reads token i + 1
     seen = [*naive.slots(features, told.get(i)), *seen]
-    (hidden, ahead), outs = naive.enter(features[i], told.get(i)), []
+    hidden, read, mine = naive.fuse(features[i]), [], told.get(i)
     for k in range(num_steps):
         embedding = naive.embedding[tokens[i + 1 + k]]
         if k > 0:
-            seen = [*seen, naive.key_value(naive.row(embedding, hidden, ahead), i + k)]
-        hidden = naive.layer(embedding, hidden, i + k, seen, ahead)
-        outs.append(hidden)
-    return outs
+            seen = [*seen, naive.key_value(naive.row(embedding, hidden, mine), i + k)]
+        hidden = naive.layer(embedding, hidden, i + k, seen, mine)
+        read.append(naive.read(hidden, k, mine))
+    return read
 
 
 def soft_contemplate(model, contemplation, tokens: list[int], router_state) -> torch.Tensor:
@@ -198,7 +199,7 @@ def soft_contemplate(model, contemplation, tokens: list[int], router_state) -> t
         past_key_values=cache,
         output_hidden_states=True,
     )
-    return torch.cat([out.hidden_states[layer][0, 0] for layer in FEATURE_LAYERS])
+    return torch.cat([out.hidden_states[layer][0, 0] for layer in (*FEATURE_LAYERS, -1)])
 
 
 def told_rows(future: Future, b: int) -> dict[int, tuple[torch.Tensor, int]]:
@@ -219,7 +220,7 @@ def test_contemplate_is_one_row_alone_behind_its_prefix(model, target):
     tokens = text(2, 9)
     position = torch.tensor([[1, 4, 7], [3, 3, 6]])
     router = torch.tensor([[0, 1, 6], [2, 0, 5]])
-    weights = torch.randn(2, 3, 3 * 48, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(2, 3, 4 * 48, generator=torch.Generator().manual_seed(1))
     ours, theirs = (trainable(tiny_draft("confu")) for _ in range(2))
 
     cache = target.new_cache(2, 9)
@@ -271,7 +272,7 @@ def test_unroll_is_decoding_row_by_row(model, target, method):
     future = None
     if method != "eagle3":
         position = torch.tensor([[1, 4], [0, 6]])
-        f = torch.randn(2, 2, 3 * 48, generator=torch.Generator().manual_seed(2)) * 2
+        f = torch.randn(2, 2, 4 * 48, generator=torch.Generator().manual_seed(2)) * 2
         served_by = torch.where(torch.arange(13) < position[:, 1:], 0, 1)
         served_by[:, 0] = served_by[:, 5] = -1
         future = Future(f, Anchors(position, position, served_by))
@@ -301,12 +302,12 @@ def test_training_sees_what_decoding_computes(target, method):
     features, _ = target.teach(prompts, None)
     last = torch.tensor(counts) - 1
     root = torch.stack([prompts[b, n] for b, n in enumerate(counts)])
-    f = torch.randn(2, 5, 144, generator=torch.Generator().manual_seed(5)) * 2 if method != "eagle3" else None
+    f = torch.randn(2, 5, 192, generator=torch.Generator().manual_seed(5)) * 2 if method != "eagle3" else None
     own = torch.arange(5).expand(2, -1)
 
     logits: list[torch.Tensor] = []
     plain = draft.logits
-    draft.logits = lambda out: logits.append(plain(out)) or logits[-1]
+    draft.logits = lambda *reads: logits.append(plain(*reads)) or logits[-1]
     first = 3  # in two stretches, as prefill does
     drafter.commit(state, Accepted(prompts[:, :first], [first] * 2, prompts[:, first], features[:, :first]))
     drafter.commit(
@@ -335,7 +336,7 @@ def test_training_sees_what_decoding_computes(target, method):
             future = Future(f[b : b + 1], Anchors(own[b : b + 1] + first, own[b : b + 1], served_by))
         outs = unroll(draft, target, sequence, h, rows, future)
         for k in range(depth):
-            trained = draft.logits(outs[k][0, 0])
+            trained = draft.lm_head(outs[k][0, 0])
             torch.testing.assert_close(logits[k][b, 0], trained, atol=1e-5, rtol=1e-4)
             assert draft.target_ids()[trained.argmax()] == tree.tokens[b, k + 1]
 
@@ -386,7 +387,7 @@ def naive_loss(draft, model, batch: Batch, steps: int, decay: float, future: Fut
             reach = sum(supervised[k][i] for k in range(steps))
             for k, out in enumerate(naive_chain(draft, model, tokens, features, i, reach, told)):
                 log_p = logits[i + 1 + k, ids].log_softmax(0)  # the target's distribution of x[i+2+k]
-                log_q = (naive.w["lm_head.weight"] @ naive.norm("norm", out)).log_softmax(0)
+                log_q = (naive.w["lm_head.weight"] @ out).log_softmax(0)
                 kls[k].append((log_p.exp() * (log_p - log_q)).sum().item())
                 hits[k].append(int(log_p.argmax() == log_q.argmax()))
     total = sum(decay**k * sum(kl) for k, kl in enumerate(kls)) / count
@@ -465,7 +466,6 @@ def test_a_draft_that_says_what_the_target_says_has_no_loss(model, target, monke
     steps, draft = 4, tiny_draft("eagle3")
     with torch.no_grad():
         draft.lm_head.weight.copy_(model.lm_head.weight[draft.target_ids()])
-    draft.norm = torch.nn.Identity()
 
     def oracle(draft, target, tokens, features, rows, future):
         outs = [torch.zeros(*rows.index.shape, 48) for _ in range(steps)]

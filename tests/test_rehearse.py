@@ -30,7 +30,7 @@ def target():
     return Target(tiny_llama(attention="eager"))
 
 
-def setting(target, method: str, form: str = "fuse", length: int = 120, prompt: int = 20):
+def setting(target, method: str, form: str = "head", length: int = 120, prompt: int = 20):
     """A draft, and a conversation that is a prompt and one answer."""
     spans = torch.ones(length, dtype=torch.int64)
     spans[:prompt] = 0
@@ -76,11 +76,13 @@ def test_confu_adds_a_fraction(target):
     confu, _ = setting(target, "confu")
     ours, theirs = (step_flops(target, draft.config, document.spans, STEPS) for draft in (confu, eagle3))
     assert (ours.target, ours.teacher, ours.head) == (theirs.target, theirs.teacher, theirs.head)
-    # 25 anchors, from row 19 on, through the five layers below the highest captured state, there and back.
+    # 25 anchors, from row 19 on, through all layers and back; in form row through the five below the high state.
     anchors = range(19, 118, 4)
     constant, own = sum(a + 1 for a in anchors), len(anchors) * (SOFT + 1)
     attention = 4 * HEADS * HEAD * (2 * constant + 3 * own)
-    assert ours.contemplate == 5 * (2 * len(anchors) * 2 * LAYER + attention)
+    assert ours.contemplate == LAYERS * (2 * len(anchors) * 2 * LAYER + attention)
+    row = step_flops(target, setting(target, "confu", "row")[0].config, document.spans, STEPS)
+    assert row.contemplate == 5 * (2 * len(anchors) * 2 * LAYER + attention)
     assert theirs.draft < ours.draft < 1.3 * theirs.draft
 
 

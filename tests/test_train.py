@@ -169,6 +169,7 @@ def test_confu_starts_as_its_eagle3_draft(recipe, target, halfway, form):
             top_experts=0,
             replication=0,
             future_form="row",
+            future_steps=0,
         )
         == source.config
     )
