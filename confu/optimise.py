@@ -50,8 +50,9 @@ class Trainer:
         for place in range(self.world.rank, len(members), self.world.size):
             part = self._losses(number * len(members) + place, members[place], num_supervised)
             part.total.backward()
-            rows = part.num_rows.double()
-            sums[place] = torch.cat([part.total.detach().double()[None], part.kl * rows, part.accuracy * rows, rows])
+            found = part.total.detach()[None], part.kl, part.accuracy, part.num_rows
+            total, kl, accuracy, rows = (values.cpu().double() for values in found)
+            sums[place] = torch.cat([total, kl * rows, accuracy * rows, rows])
         self.world.sum(sums)
         self._refuse_non_finite(number, members, sums[:, 0].tolist())
         for group in self.optimizer.param_groups:

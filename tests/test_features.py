@@ -1,5 +1,6 @@
 """The feature cache: training from it is training online, it survives a stop, and it refuses what is not its own."""
 
+import copy
 import dataclasses
 import json
 from collections import namedtuple
@@ -128,9 +129,11 @@ def test_run_with_a_cache_is_the_online_run(recipe, tmp_path):
     assert [r.loss for r in cached] == pytest.approx([r.loss for r in online], rel=1e-5)
 
 
-def test_second_run_shares_the_store_and_a_killed_fill_goes_on(recipe, tmp_path):
-    target = CountingTarget(taught_target().model)
-    config = dataclasses.replace(recipe, out=str(tmp_path / "run"), feature_store=str(tmp_path / "store"))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_second_run_shares_the_store_and_a_killed_fill_goes_on(recipe, tmp_path, dtype):
+    target = CountingTarget(copy.deepcopy(taught_target().model).to(getattr(torch, dtype)))
+    store = str(tmp_path / "store")
+    config = dataclasses.replace(recipe, out=str(tmp_path / "run"), feature_store=store, dtype=dtype)
     target.limit = 4  # the second of three batches is the last that runs
     with pytest.raises(KeyboardInterrupt):
         reports_of(config, target)
