@@ -66,7 +66,13 @@ class Losses:
     """Mean KL of each step."""
     accuracy: Float[Tensor, " K"]
     """Share of rows whose draft argmax is the target's, both over the draft vocabulary."""
-    num_supervised: int
+    num_rows: Int[Tensor, " K"]
+    """Rows that each step supervises."""
+
+    @property
+    def num_supervised(self) -> int:
+        """Supervised tokens of the batch: the rows of its first step."""
+        return int(self.num_rows[0])
 
 
 def supervised_steps(spans: Int[Tensor, "B T"], ttt_steps: int) -> Bool[Tensor, "K B T"]:
@@ -122,12 +128,20 @@ def losses(
     step_decay: float,
     max_router_lag: int = 1,
     generator: torch.Generator | None = None,
+    taught: tuple[Float[Tensor, "B T D3"], Float[Tensor, "B T D"]] | None = None,
+    normaliser: int | None = None,
 ) -> Losses:
-    """Forward pass of one batch: frozen target, contemplate rows of the anchors, K unrolled draft steps."""
+    """Forward pass of one batch: frozen target, contemplate rows of the anchors, K unrolled draft steps.
+
+    ``taught`` stands for what `Target.teach` returns, where it is known already (not with contemplation, which needs
+    the target's keys and values). ``normaliser`` is the number of supervised tokens of the whole step, where this
+    batch is only a part of it.
+    """
     rows = gather_rows(supervised_steps(batch.spans, ttt_steps))
     tokens = batch.tokens
     cache = target.new_cache(len(tokens), tokens.shape[1]) if draft.contemplation else None
-    features, final = target.teach(tokens, cache)
+    assert taught is None or cache is None
+    features, final = taught if taught is not None else target.teach(tokens, cache)
 
     future = None
     if draft.contemplation is not None and cache is not None:
@@ -145,10 +159,10 @@ def losses(
         future = Future(states, anchors)
 
     valid = rows.supervised[0]
-    taught = take(final, rows.index + 1)[valid]  # [R, D]; flat order is by sequence, then row
-    teacher = target.head_rows(taught, draft.target_ids())  # [R, U]
+    teachers = take(final, rows.index + 1)[valid]  # [R, D]; flat order is by sequence, then row
+    teacher = target.head_rows(teachers, draft.target_ids())  # [R, U]
     read = unroll(draft, target, tokens, features, rows, future)
-    return _distil(draft, read, teacher, rows, step_decay)
+    return _distil(draft, read, teacher, rows, step_decay, normaliser)
 
 
 def contemplate(
@@ -214,7 +228,12 @@ def unroll(
 
 
 def _distil(
-    draft: DraftModel, read: list[Tensor], teacher: Float[Tensor, "R U"], rows: Rows, step_decay: float
+    draft: DraftModel,
+    read: list[Tensor],
+    teacher: Float[Tensor, "R U"],
+    rows: Rows,
+    step_decay: float,
+    normaliser: int | None,
 ) -> Losses:
     """KL(target || draft) over the draft vocabulary, summed over steps with decay, per supervised token."""
     log_p = teacher.float().log_softmax(dim=-1)
@@ -235,8 +254,10 @@ def _distil(
         count = max(len(taught_by), 1)
         kls.append(kl.detach() / count)
         accuracies.append(hits / count)
-    num_supervised = int(valid.sum())
-    return Losses(total / max(num_supervised, 1), torch.stack(kls), torch.stack(accuracies), num_supervised)
+    num_rows = rows.supervised.sum(dim=(1, 2))
+    if normaliser is None:
+        normaliser = max(int(num_rows[0]), 1)
+    return Losses(total / normaliser, torch.stack(kls), torch.stack(accuracies), num_rows)
 
 
 class HeadCrossEntropy(torch.autograd.Function):
