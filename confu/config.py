@@ -152,7 +152,7 @@ class DraftConfig:
     future_form: str = "row"
     """How f enters the draft: ``row``, ``kv``, ``input`` or ``head`` (ConFu; see `DraftModel`)."""
     future_steps: int = 0
-    """Draft steps whose head reads f by weights of their own; later ones share the last's (form ``head``)."""
+    """Places behind its anchor for which the head reads f by weights of their own (form ``head``)."""
     vocabulary_fingerprint: str = ""
     """SHA-256 of the data files whose token counts chose the draft vocabulary."""
 

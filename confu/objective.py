@@ -43,6 +43,11 @@ class Anchors:
     served_by: Int[Tensor, "B T"]
     """Index of the latest anchor a with a <= i < a + l; -1 where none reaches row i, or nothing is supervised."""
 
+    def lags(self) -> Int[Tensor, "B T"]:
+        """How far row i lies behind its anchor; of no meaning where it has none."""
+        place = torch.arange(self.served_by.shape[1], device=self.served_by.device)
+        return (place - self.position.gather(1, self.served_by.clamp(min=0))).clamp(min=0)
+
 
 @dataclass(frozen=True)
 class Future:
@@ -215,6 +220,7 @@ def unroll(
 
     hidden, read = take(fused, rows.index), []
     ahead = take(ahead, rows.index) if ahead is not None else None
+    lags = future.anchors.lags().gather(1, rows.index) if future is not None else torch.zeros_like(rows.index)
     for step in range(len(rows.supervised)):
         following = tokens.gather(1, (rows.index + 1 + step).clamp(max=tokens.shape[1] - 1))
         row = draft.row(target.embed(following), hidden, ahead)
@@ -223,7 +229,7 @@ def unroll(
             own.append((*draft.keys_values(row, positions), None))
         attended = attend_merged(draft.queries(row, positions), keys0, values0, rows.index, own)
         hidden = draft.finish(hidden, attended)
-        read.append(draft.read(hidden, ahead, step))
+        read.append(draft.read(hidden, ahead, lags + step))
     return read
 
 
