@@ -574,3 +574,6 @@ def report(
         terminal.document(report=str(page), charts=list(map(str, charts)), runs=[summary(run) for run in found])
     else:
         terminal.write(f"{page}\n")
+
+
+from confu import cli_formats  # noqa: E402, F401  (its commands register themselves)

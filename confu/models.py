@@ -122,6 +122,22 @@ def load_tokenizer(name_or_path: str, *, progress: Progress | None = None) -> "t
     return tokenizer
 
 
+def load_target_config(name_or_path: str, *, progress: Progress | None = None) -> "transformers.PreTrainedConfig":
+    """The target's configuration alone."""
+    path = target_path(name_or_path, progress=progress)
+
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, RuntimeError) as error:
+        logger.debug("loading the configuration of %s failed", path, exc_info=True)
+        raise ModelUnavailable(
+            f"the configuration of target {path} cannot be loaded ({_first_line(error)}): check the folder, or the "
+            "spelling, the network and, for a gated model, `hf auth login`."
+        ) from error
+
+
 def draft_path(name_or_path: str) -> Path:
     """The folder of a draft: one shipped with the package, a local one, or one fetched from the Hub."""
     shipped = sorted(config.parent.name for config in SHIPPED_DRAFTS.glob("*/config.json"))
@@ -157,7 +173,7 @@ def _draft_from_hub(repo: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.md", "*.toml"]))
+        folder = Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.md", "*.toml"]))
     except (OSError, ValueError, RuntimeError) as error:
         logger.debug("fetching %s failed", repo, exc_info=True)
         raise ModelUnavailable(
