@@ -22,11 +22,10 @@ from confu.config import DraftConfig
 from confu.draft import DraftModel
 from confu.formats import LAYER, LAYER_IDS, OTHER_LAYER, WEIGHTS, refuse_filled
 from confu.models import Progress, draft_path, load_target_config, load_target_model
-from confu.target import default_feature_layers
+from confu.target import ROPE_TYPES, default_feature_layers
 
 LayerIds = Literal["inputs", "outputs"]
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYER_SETTINGS = (
     *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"),
