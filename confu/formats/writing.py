@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from confu.config import DraftConfig
-from confu.draft import DraftModel
+from confu.draft import DraftModel, stored_dtype
 from confu.formats import FORMATS, LAYER, LAYER_IDS, OTHER_LAYER, WEIGHTS, refuse_filled
 from confu.models import Progress, draft_path, load_target_config, load_target_model, target_path
 from confu.target import default_feature_layers
@@ -50,8 +49,7 @@ def export_draft(draft: str, out: Path, *, to: str, progress: Progress | None = 
     source = draft_path(draft)
     model = DraftModel.load(source)
     config = model.config
-    with safe_open(source / "model.safetensors", framework="pt") as file:
-        dtype = file.get_tensor("norm.weight").dtype
+    dtype = stored_dtype(source)
     tensors = _tensors(model, dtype)
     if to == "eagle":
         _refuse_for_eagle(config, load_target_config(config.target, progress=progress))
