@@ -124,9 +124,9 @@ class DraftConfig:
     num_attention_heads: int
     """Query heads of the draft layer."""
     num_key_value_heads: int
-    """Key-value heads of the draft layer, and of the target's layers (soft prompts)."""
+    """Key-value heads of the draft layer."""
     head_dim: int
-    """Width of one head."""
+    """Width of one head of the draft layer."""
     vocab_size: int
     """Target vocabulary V."""
     draft_vocab_size: int
@@ -141,6 +141,10 @@ class DraftConfig:
     """Rotary embedding settings as in the target's config."""
     rms_norm_eps: float = 1e-5
     """Epsilon of the draft's norms."""
+    target_key_value_heads: int | None = None
+    """Key-value heads of the target's layers (soft prompts), where they are not the draft's."""
+    target_head_dim: int | None = None
+    """Width of one head of the target's layers, where it is not the draft's."""
     num_soft_prompts: int = 0
     """Soft-prompt tokens S in the target's KV cache (ConFu)."""
     num_experts: int = 0

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -249,6 +249,12 @@ def attend(
     mask = mask[:, None].repeat(1, 1, heads // groups, 1)
     out = nn.functional.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
     return out.view(batch, heads, rows, head_dim)
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Floating-point type of a draft's weights on disk."""
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return file.get_tensor("norm.weight").dtype
 
 
 def load_draft_config(folder: str | Path) -> DraftConfig:

@@ -19,6 +19,7 @@ from confu.target import Target
 
 def start_draft(config: TrainConfig, target: Target, corpus: Corpus) -> DraftModel:
     """A new EAGLE-3 draft, a trained one to go on from, or ConFu weights around a trained EAGLE-3 draft."""
+    target.check_head()
     if config.init is None:
         return new_eagle3(config, target, corpus)
     source = DraftModel.load(draft_path(config.init))
@@ -72,7 +73,7 @@ def eagle3_config(config: TrainConfig, target: Target, fingerprint: str = "") ->
         num_target_layers=target.num_layers,
         feature_layers=target.feature_layers,
         max_position_embeddings=target.max_positions,
-        rope_parameters=dict(text_config.rope_parameters),
+        rope_parameters=target.rope_parameters,
         rms_norm_eps=getattr(text_config, "rms_norm_eps", 1e-5),
         vocabulary_fingerprint=fingerprint,
     )
@@ -103,13 +104,26 @@ def _start_from_last_layer(draft: DraftModel, target: Target) -> None:
     draft.fc.weight.mul_(0.1)
     draft.fc.weight[:, 2 * width :] += torch.eye(width)
     theirs = {name: whole(weight) for name, weight in decoder.layers[-1].named_parameters()}
+    for name, module in decoder.layers[-1].named_modules():
+        if name.endswith("norm"):
+            theirs[f"{name}.weight"] = _factor(module)
+    if "pre_feedforward_layernorm.weight" in theirs:  # Gemma norms on both sides; this one stands before the MLP
+        theirs["post_attention_layernorm.weight"] = theirs["pre_feedforward_layernorm.weight"]
     theirs["hidden_norm.weight"] = theirs.pop("input_layernorm.weight", torch.empty(0))
     for name, weight in draft.midlayer.named_parameters():
         part = weight[:, width:] if name.split(".")[1] in ("q_proj", "k_proj", "v_proj") else weight
         if name in theirs and theirs[name].shape == part.shape:
             part.copy_(theirs[name])
     if getattr(decoder, "norm", None) is not None and decoder.norm.weight.shape == draft.norm.weight.shape:
-        draft.norm.weight.copy_(decoder.norm.weight)
+        draft.norm.weight.copy_(_factor(decoder.norm))
+
+
+def _factor(norm: torch.nn.Module) -> torch.Tensor:
+    """What a norm multiplies by; some families (Gemma) store it less one."""
+    weight: Any = norm.weight
+    signs = torch.ones_like(weight)
+    signs[1::2] = -1  # of mean 0 and mean square 1
+    return weight + (norm(signs) * signs - weight).mean().round()
 
 
 def add_contemplation(source: DraftModel, config: TrainConfig, target: Target, corpus: Corpus) -> DraftModel:
