@@ -120,10 +120,11 @@ def _start_from_last_layer(draft: DraftModel, target: Target) -> None:
 
 def _factor(norm: torch.nn.Module) -> torch.Tensor:
     """What a norm multiplies by; some families (Gemma) store it less one."""
-    weight: Any = norm.weight
+    weight: Any = whole(norm.weight)  # type: ignore[bad-argument-type]
     signs = torch.ones_like(weight)
     signs[1::2] = -1  # of mean 0 and mean square 1
-    return weight + (norm(signs) * signs - weight).mean().round()
+    normed = torch.func.functional_call(norm, {"weight": weight}, (signs,))
+    return weight + (normed * signs - weight).mean().round()
 
 
 def add_contemplation(source: DraftModel, config: TrainConfig, target: Target, corpus: Corpus) -> DraftModel:
