@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -36,6 +36,7 @@ class Answer:
     """Text of every token, whether it was drafted, and what was drafted in its place."""
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Whoever answers: this package's decoder, or a peer in a process of its own."""
 

@@ -177,16 +177,17 @@ def conditions(results: Results) -> str:
     """One sentence: how and on what it was measured."""
     run = results.run
     machine, commit = run["machine"], run["commits"][-1]
-    trees = {tuple(tree.items()) for facts in run["methods"].values() if (tree := facts.get("tree"))}
-    shape = dict(next(iter(trees))) if len(trees) == 1 else None
-    tree = f"{shape['nodes']} nodes, depth {shape['depth']}, top-k {shape['topk']}" if shape else "trees as named"
+    shapes = {tuple(tree[field] for field in ("nodes", "depth", "topk")) for tree in _trees(results)}
+    tree = (
+        "trees as named, " if len(shapes) > 1 else "".join("{} nodes, depth {}, top-k {}, ".format(*s) for s in shapes)
+    )
     repeats = f", {run['repeats']} repeats" if run["repeats"] > 1 else ""
     turns = len({(row["question"], row["turn"]) for row in results.rows})
     version = f"commit {commit['commit'][:10]}" if commit["commit"] else f"version {machine['confu']}"
     return (
         f"{len({row['question'] for row in results.rows})} questions ({turns} turns) of {run['suite']}{repeats}, "
         f"{run['target']} in {run['dtype']}, temperature {run['temperature']:g}, at most {run['max_new_tokens']} new "
-        f"tokens, {tree}, batch {run['batch_size']}, seed {run['seed']}; {machine['cpu']}, {machine['threads']} "
+        f"tokens, {tree}batch {run['batch_size']}, seed {run['seed']}; {machine['cpu']}, {machine['threads']} "
         f"threads, {run['device']}, torch {machine['torch']}, transformers {machine['transformers']}, "
         f"{version}{' (modified)' if commit['modified'] else ''}, {run['date']}."
     )
@@ -224,6 +225,10 @@ def span(interval: Interval) -> str:
 
 def at(values: Sequence[float], index: int) -> float | None:
     return values[index] if index < len(values) else None
+
+
+def _trees(results: Results) -> list[dict[str, Any]]:
+    return [facts["tree"] for facts in results.run["methods"].values() if "tree" in facts]
 
 
 def _with_interval(found: Summary | None, value: str) -> str:
