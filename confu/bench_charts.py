@@ -8,7 +8,6 @@ from confu.bench_tables import Findings
 from confu.chart import MAX_SERIES, Bars, Series, bar_chart, line_chart
 from confu.config import SWEEPABLE
 from confu.metrics import Summary
-from confu.results import PLAIN
 
 FIELDS = (
     ("speedup", "Speed-up over plain decoding", "tokens per second over plain"),
@@ -22,7 +21,7 @@ def draw(findings: Findings) -> dict[str, str]:
     speculative = {name: found for name, found in shown.items() if found.mean_accepted_drafts}
     charts = {}
     for field, title, label in FIELDS:
-        if bars := _by_task(findings, [name for name in shown if name != PLAIN], field):
+        if bars := _by_task(findings, [name for name in shown if name in findings.speculative], field):
             key, mark = field.replace("_", "-"), 1.0 if field == "speedup" else None
             charts[key] = bar_chart(key, title, label, ["all tasks", *findings.by_task], bars, mark=mark)
     if speculative:

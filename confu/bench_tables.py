@@ -11,6 +11,7 @@ from confu.metrics import Interval, Summary, summarise, tasks_of, tau_ratio
 from confu.results import PLAIN, Results
 
 NONE = "–"
+SHAPE = ("nodes", "depth", "topk")
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,16 @@ class Table:
     caption: str
     header: list[str]
     rows: list[list[str]]
+
+    def text(self) -> str:
+        """Columns for a terminal, however narrow: nothing is cut."""
+        lines = [self.header, *self.rows]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(self.header))]
+        return "\n".join(
+            "  ".join(cell.rjust(width) if column else cell.ljust(width)
+                      for column, (cell, width) in enumerate(zip(line, widths, strict=True)))
+            for line in lines
+        )  # fmt: skip
 
     def markdown(self) -> str:
         lines = [self.header, ["---"] * len(self.header), *self.rows]
@@ -34,7 +45,12 @@ class Findings:
     compared: dict[str, Comparison]
     failures: list[str]
     tau_ratios: dict[str, tuple[float, Interval]]
-    """ConFu's tau over EAGLE-3's by the same tree, under "method / method"."""
+    """By the same tree, under "method / method": ConFu's tau over EAGLE-3's, and ours over the reference's."""
+
+    @property
+    def speculative(self) -> list[str]:
+        """Methods that are not the plain decoding of their engine."""
+        return [name for name in self.overall if self.results.run["methods"][name]["kind"] != PLAIN]
 
     @property
     def differences(self) -> list[Difference]:
@@ -79,14 +95,15 @@ def document(findings: Findings) -> dict[str, Any]:
 
 def overall_table(findings: Findings) -> Table:
     header = ["method", "tokens/s", "speed-up", "95 %", "tau", "95 %", equality_header(findings.results), "failed"]
+    speculative = findings.speculative
     rows = [
         [
             name,
             number(found.tokens_per_second, 1),
             number(found.speedup, 2),
-            span(found.speedup_interval) if name != PLAIN else NONE,
+            span(found.speedup_interval) if name in speculative else NONE,
             number(found.mean_acceptance_length, 2),
-            span(found.mean_acceptance_length_interval) if name != PLAIN else NONE,
+            span(found.mean_acceptance_length_interval) if name in speculative else NONE,
             equality_cell(findings.compared.get(name)),
             str(found.num_failed or NONE),
         ]
@@ -99,8 +116,7 @@ def by_task_table(findings: Findings, caption: str, value: str) -> Table:
     """Every method by task, with intervals; ``value`` names a field of `Summary` that has one."""
     rows = [
         [name, *(_with_interval(summaries.get(name), value) for summaries in findings.by_task.values())]
-        for name in findings.overall
-        if name != PLAIN
+        for name in findings.speculative
     ]
     return Table(caption, ["method", *findings.by_task], [row for row in rows if set(row[1:]) != {NONE}])
 
@@ -177,7 +193,7 @@ def conditions(results: Results) -> str:
     """One sentence: how and on what it was measured."""
     run = results.run
     machine, commit = run["machine"], run["commits"][-1]
-    shapes = {tuple(tree[field] for field in ("nodes", "depth", "topk")) for tree in _trees(results)}
+    shapes = {tuple(tree[field] for field in SHAPE) for tree in _trees(results)}
     tree = (
         "trees as named, " if len(shapes) > 1 else "".join("{} nodes, depth {}, top-k {}, ".format(*s) for s in shapes)
     )
@@ -240,13 +256,13 @@ def _with_interval(found: Summary | None, value: str) -> str:
 
 def _tau_ratios(results: Results) -> dict[str, tuple[float, Interval]]:
     facts = results.run["methods"]
-
-    def shape(name: str) -> dict[str, Any]:
-        return facts[name]["tree"] | {"contemplate": None}
-
+    trees = {name: {field: found["tree"][field] for field in SHAPE} for name, found in facts.items() if "tree" in found}
     found = {}
-    for mine in (name for name in facts if facts[name]["kind"] == "confu"):
-        for theirs in (name for name in facts if facts[name]["kind"] == "eagle3" and shape(name) == shape(mine)):
-            if ratio := tau_ratio(results, mine, theirs):
+    for mine in trees:
+        for theirs in trees:
+            kinds = facts[mine]["kind"], facts[theirs]["kind"], facts[theirs]["engine"]
+            if kinds not in (("confu", "eagle3", "confu"), ("eagle3", "eagle3", "eagle3-reference")):
+                continue
+            if mine != theirs and trees[mine] == trees[theirs] and (ratio := tau_ratio(results, mine, theirs)):
                 found[f"{mine} / {theirs}"] = ratio
     return found

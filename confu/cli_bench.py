@@ -5,10 +5,9 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Group, Parameter
-from rich.table import Table as RichTable
 
 from confu.cli import INTERRUPTED, OUTPUT, TREE, Device, Dtype, Output, TargetName, Tree
 from confu.config import BenchConfig
@@ -33,6 +32,7 @@ def bench(
     out: Path = Path("out/bench"),
     settings: Settings = BENCH,
     repeats: Annotated[int, Parameter(group=MEASURED)] = 1,
+    peer: Annotated[tuple[str, ...], Parameter(group=MEASURED)] = (),
     target: TargetName = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -58,23 +58,33 @@ def bench(
         Folder of results.jsonl, run.json and the report.
     repeats
         How often every question is asked.
+    peer
+        Measure another engine, too, as NAME[=PYTHON[,MODEL]]: transformers, llama.cpp, vllm or eagle3-reference, by the
+        interpreter of its environment.
     """
     if repeats < 1:
         raise ValueError(f"--repeats is {repeats}; give 1 or more.")
+    if peer and settings.batch_size > 1:
+        raise ValueError("Peers answer one question at a time; leave --batch-size at 1, or --peer out.")
     terminal = output.terminal()
     found = load_suite(suite, questions, limit)
     with Stages(terminal) as progress:
         progress.wait("starting")
         from confu.bench import describe, run_bench
         from confu.methods import choose_drafts, load_methods, sweep_trees
+        from confu.peer import open_peers
 
         wanted = [word.strip() for word in (methods or "").split(",") if word.strip()]
         trees = sweep_trees(tree, sweep)
         chosen, name = choose_drafts(drafts, wanted, target)
         loaded = load_methods(chosen, name, tree, sweep=trees, dtype=dtype, device=device, progress=progress)
-        run = describe(found, loaded, settings, name, repeats)
         try:
-            results = run_bench(found, loaded, settings, out, run, repeats=repeats, progress=progress)
+            with open_peers(peer, chosen, name, tree, loaded[0]) as (peers, skipped):
+                for sentence in skipped:
+                    terminal.complain(sentence)
+                loaded += peers
+                run = describe(found, loaded, settings, name, repeats)
+                results = run_bench(found, loaded, settings, out, run, repeats=repeats, progress=progress)
         except KeyboardInterrupt:
             terminal.complain(f"interrupted; go on with: confu {shlex.join(sys.argv[1:])}")
             return INTERRUPTED
@@ -94,19 +104,10 @@ def show_results(terminal: Terminal, path: Path, out: Path) -> bool:
     if terminal.json:
         terminal.document(**document(findings), results=str(path), report=str(report))
     else:
-        terminal.out.print(_rich(overall_table(findings)))
+        terminal.write(f"{overall_table(findings).text()}\n")
         for line in (*ratio_lines(findings), conditions(results)):
             terminal.say(line, style="dim")
         terminal.write(f"{report}\n")
     for sentence in findings.failures:
         terminal.complain(sentence)
     return not findings.failures
-
-
-def _rich(table: Any) -> RichTable:
-    shown = RichTable(box=None, pad_edge=False)
-    for column, name in enumerate(table.header):
-        shown.add_column(name, justify="right" if column else "left")
-    for row in table.rows:
-        shown.add_row(*row)
-    return shown
