@@ -24,6 +24,7 @@ from confu.bench_tables import (
 )
 from confu.equality import Difference
 from confu.results import PLAIN
+from confu.simulate import elsewhere_table, prediction_table
 from confu.view import LEGEND, first_difference
 
 SHOWN_ANSWERS, SHOWN_DIFFERENCES = 3, 5
@@ -45,6 +46,8 @@ def _tables(findings: Findings) -> Iterator[Table]:
     yield depth_table(findings)
     yield time_table(findings)
     yield means_table(findings)
+    yield prediction_table(findings)
+    yield elsewhere_table(findings)
     if findings.differences:
         yield differences_table(findings)
 

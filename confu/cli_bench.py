@@ -32,6 +32,7 @@ def bench(
     out: Path = Path("out/bench"),
     settings: Settings = BENCH,
     repeats: Annotated[int, Parameter(group=MEASURED)] = 1,
+    costs: Annotated[bool, Parameter(group=MEASURED)] = False,
     peer: Annotated[tuple[str, ...], Parameter(group=MEASURED)] = (),
     target: TargetName = None,
     dtype: Dtype = "auto",
@@ -58,6 +59,8 @@ def bench(
         Folder of results.jsonl, run.json and the report.
     repeats
         How often every question is asked.
+    costs
+        Measure first what forwards and drafts cost here; the report predicts speeds from it and compares.
     peer
         Measure another engine, too, as NAME[=PYTHON[,MODEL]]: transformers, llama.cpp, vllm or eagle3-reference, by the
         interpreter of its environment.
@@ -71,6 +74,7 @@ def bench(
     with Stages(terminal) as progress:
         progress.wait("starting")
         from confu.bench import describe, run_bench
+        from confu.costs import measure
         from confu.methods import choose_drafts, load_methods, sweep_trees
         from confu.peer import open_peers
 
@@ -84,6 +88,9 @@ def bench(
                     terminal.complain(sentence)
                 loaded += peers
                 run = describe(found, loaded, settings, name, repeats)
+                if costs:
+                    progress("measuring costs", None)
+                    run["costs"] = measure(loaded)
                 results = run_bench(found, loaded, settings, out, run, repeats=repeats, progress=progress)
         except KeyboardInterrupt:
             terminal.complain(f"interrupted; go on with: confu {shlex.join(sys.argv[1:])}")

@@ -109,6 +109,7 @@ def _same_run(path: Path, run: dict[str, Any]) -> dict[str, Any]:
                 f"{path.parent} already measured another {name} "
                 f"({_difference(name, begun['methods'][name], facts)}); name this one NAME=PATH, or give another --out."
             )
+    run = {"costs": begun.get("costs")} | run
     run["methods"] = begun["methods"] | run["methods"]
     run["commits"] = [*begun["commits"], *(commit for commit in run["commits"] if commit not in begun["commits"])]
     run["num_questions"] = max(begun["num_questions"], run["num_questions"])
