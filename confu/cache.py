@@ -50,6 +50,11 @@ class KVCache(Cache):
         """False after an interrupt in the middle of `select`."""
         return self.keys.shape[1] == self.values.shape[1] == len(self.lengths)
 
+    @property
+    def num_soft_keys(self) -> int:
+        """Soft prompts among the keys that the next `update` returns."""
+        return self.num_soft - self._view.start
+
     def lengths_tensor(self) -> Int[Tensor, " B"]:
         return torch.tensor(self.lengths, device=self.keys.device)
 
@@ -161,6 +166,7 @@ class PrefixCache(Cache):
     ) -> None:
         super().__init__(layers=[])
         self.prefix, self.soft_keys, self.soft_values = prefix, soft_keys, soft_values
+        self.num_soft_keys = soft_keys.shape[2]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object

@@ -36,6 +36,13 @@ USE = """\
     confu chat PATH_OR_ID
     confu verify-lossless PATH_OR_ID
 """
+USE_IN_TRANSFORMERS = """
+In transformers, with the target loaded as `model`:
+
+```python
+model.generate(**inputs, custom_generate="PATH_OR_ID", trust_remote_code=True)
+```
+"""
 CITATION = """\
 The method (this draft was made by an independent implementation):
 
@@ -69,7 +76,7 @@ def write_card(
     origin = facts["provenance"] or {}
     recipe = origin.get("recipe", {})
     sections = {
-        "Use": USE,
+        "Use": USE + (USE_IN_TRANSFORMERS if (folder / "custom_generate").is_dir() else ""),
         "Architecture": _table(_architecture(facts)),
         "Results": _results(run, origin),
         "Training": _training(origin, recipe),

@@ -39,7 +39,8 @@ class Contemplation(nn.Module):
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
         width, experts, top = config.hidden_size, config.num_experts, config.top_experts
-        soft = (config.num_target_layers, config.num_key_value_heads, config.num_soft_prompts, config.head_dim)
+        heads, head_dim = config.target_key_value_heads or config.num_key_value_heads, config.target_head_dim
+        soft = (config.num_target_layers, heads, config.num_soft_prompts, head_dim or config.head_dim)
         self.soft_keys = nn.Parameter(torch.zeros(soft))
         self.soft_values = nn.Parameter(torch.zeros(soft))
         self.con = Mixture(3 * width, width, experts, top)

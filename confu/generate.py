@@ -130,16 +130,17 @@ class Decoder:
         *,
         session: Session | None = None,
         stats: Stats | None = None,
+        sampler: Sampler | None = None,
     ) -> Iterator[Token]:
         """Yield tokens as rounds accept them. Caches are committed before a round's tokens are yielded, so a generator
-        may be dropped at any point and its session used again.
+        may be dropped at any point and its session used again. ``sampler`` draws in place of what ``sampling`` says.
 
         Raises ValueError for an empty prompt or one that fills the context, and for stop strings without a tokenizer.
         """
         began = time.perf_counter()
         sampling, stats, session = sampling or SamplingConfig(), stats or Stats(), session or Session()
         self._check(prompts, sampling)
-        running = _Running(self, prompts, sampling, stats)
+        running = _Running(self, prompts, sampling, stats, sampler)
 
         # 1. prefill: all prompt tokens but the last, which is the root of the first, undrafted tree
         router_state = self._prefill(session, prompts, stats)
@@ -261,10 +262,15 @@ class _Running:
     """Host-side bookkeeping of the sequences still running: what was emitted, what ends them, what they drew with."""
 
     def __init__(
-        self, decoder: Decoder, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, stats: Stats
+        self,
+        decoder: Decoder,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        stats: Stats,
+        sampler: Sampler | None,
     ) -> None:
         self.decoder, self.sampling, self.stats = decoder, sampling, stats
-        self.sampler = Sampler(sampling, len(prompts))
+        self.sampler = sampler or Sampler(sampling, len(prompts))
         self.sequences = list(range(len(prompts)))
         self.texts = [TextStream(decoder.tokenizer, sampling.stop) for _ in prompts]
         self.emitted = [0] * len(prompts)

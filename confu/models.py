@@ -61,16 +61,18 @@ def cache_dir() -> Path:
 
 
 def target_path(name_or_path: str, *, progress: Progress | None = None) -> str:
-    """What transformers can load for this name: a local folder, or a Hub id, which passes unchanged."""
+    """What can be loaded for this name: a local folder or GGUF file, or a Hub id, which passes unchanged."""
     if name_or_path == DEFAULT_TARGET:
         return str(_default_target(progress or _silent))
+    if name_or_path.endswith(".gguf") and (file := Path(name_or_path).expanduser()).is_file():
+        return str(file)
     if (folder := _local_folder(name_or_path)) is not None:
         return str(folder)
     if _is_hub_id(name_or_path):
         return name_or_path
     raise ValueError(
         f"model {name_or_path!r} is not known: give {DEFAULT_TARGET!r}, a folder that holds a config.json, "
-        "or a Hub id of the form 'org/name'."
+        "a GGUF file, or a Hub id of the form 'org/name'."
     )
 
 
@@ -83,18 +85,22 @@ def load_target_model(
     progress(f"loading {name_or_path}", None)
 
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    is_local = Path(path).is_dir()
+    source, options = _source(path)
+    is_local = Path(source).is_dir()
     remedy = (
-        "check that the folder is a complete transformers model, or copy it again"
+        "check that it is a complete model of a kind that transformers reads, or copy it again"
         if is_local
         else "check the spelling, the network and, for a gated model, `hf auth login`"
     )
     try:
         with _no_progress_bars() if is_local else nullcontext():  # a Hub download keeps its own bars
-            model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            plain = {"quantization_config": GgufConfig(dequantize=True)} if options else {}
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, output_loading_info=True, **options, **plain
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         logger.debug("loading %s failed", path, exc_info=True)
         raise ModelUnavailable(f"target {path} cannot be loaded ({_first_line(error)}): {remedy}.") from error
@@ -110,8 +116,9 @@ def load_tokenizer(name_or_path: str, *, progress: Progress | None = None) -> "t
 
     from transformers import AutoTokenizer
 
+    source, options = _source(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, RuntimeError) as error:
         logger.debug("loading the tokenizer of %s failed", path, exc_info=True)
         raise ModelUnavailable(
@@ -120,6 +127,23 @@ def load_tokenizer(name_or_path: str, *, progress: Progress | None = None) -> "t
         ) from error
     assert tokenizer is not None
     return tokenizer
+
+
+def load_target_config(name_or_path: str, *, progress: Progress | None = None) -> "transformers.PreTrainedConfig":
+    """The target's configuration alone."""
+    path = target_path(name_or_path, progress=progress)
+
+    from transformers import AutoConfig
+
+    source, options = _source(path)
+    try:
+        return AutoConfig.from_pretrained(source, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        logger.debug("loading the configuration of %s failed", path, exc_info=True)
+        raise ModelUnavailable(
+            f"the configuration of target {path} cannot be loaded ({_first_line(error)}): check the folder, or the "
+            "spelling, the network and, for a gated model, `hf auth login`."
+        ) from error
 
 
 def draft_path(name_or_path: str) -> Path:
@@ -140,6 +164,13 @@ def draft_path(name_or_path: str) -> Path:
     )
 
 
+def _source(path: str) -> tuple[str, dict[str, str]]:
+    """How transformers names what `target_path` found: a folder or Hub id, and which GGUF file in it."""
+    if path.endswith(".gguf"):
+        return str(Path(path).parent), {"gguf_file": Path(path).name}
+    return path, {}
+
+
 def _local_folder(name_or_path: str) -> Path | None:
     folder = Path(name_or_path).expanduser()
     if not folder.is_dir():
@@ -157,7 +188,7 @@ def _draft_from_hub(repo: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.md", "*.toml"]))
+        folder = Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.md", "*.toml"]))
     except (OSError, ValueError, RuntimeError) as error:
         logger.debug("fetching %s failed", repo, exc_info=True)
         raise ModelUnavailable(

@@ -1,8 +1,8 @@
 """What to expect elsewhere: tokens per second from recorded acceptance and a model of what forwards cost.
 
-A round gives tau tokens, so a sequence decodes at tau / (target + draft + other seconds). What they cost is measured on
-this machine (`costs.measure`), or computed by a roofline: a forward takes as long as reading the weights and the cache,
-or as its arithmetic, whichever is longer. Computed numbers are estimates and are marked so.
+A round gives tau tokens, so decoding runs at tau / (target + draft + other seconds). What these cost is measured on
+this machine (`round_costs.py`), or computed by a roofline: a forward takes as long as reading weights and cache, or as
+its arithmetic, whichever is longer. Computed numbers are estimates and are marked so.
 """
 
 from __future__ import annotations

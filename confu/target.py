@@ -17,11 +17,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
-from confu.cache import KVCache
+from confu.cache import KVCache, PrefixCache
 from confu.contemplate import Contemplation, tree_rows_mask
 from confu.tree import Tree
+
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+"""Rotary embeddings that a draft's layer can have."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Verified:
 class Target:
     """A frozen causal LM that verifies trees. It never changes the model's weights or configuration.
 
-    Raises ValueError for a model whose layers cannot take a tree mask (encoder-decoder, recurrent, sliding window).
+    Layers of sliding attention get a mask of their own, so that a window may be shorter than the tree. Raises
+    ValueError for a model whose layers cannot take a tree mask (encoder-decoder, recurrent, chunked, compressed keys).
     """
 
     def __init__(self, model: PreTrainedModel, feature_layers: tuple[int, int, int] | None = None) -> None:
@@ -54,6 +57,7 @@ class Target:
         self.num_kv_heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.max_positions: int = config.max_position_embeddings
+        self.window, self.has_full_layers = _sliding_window(config)
         self.feature_layers = feature_layers or default_feature_layers(self.num_layers)
         self.eager = config._attn_implementation == "eager"
 
@@ -73,6 +77,18 @@ class Target:
         if ids is None:
             ids = self.model.config.get_text_config().eos_token_id
         return frozenset([ids] if isinstance(ids, int) else ids or [])
+
+    @property
+    def rope_parameters(self) -> dict[str, Any]:
+        """Rotary settings for a draft's layer: those of the target's full attention where a Llama layer can follow
+        them, else their theta alone (partial or long rotations; targets with other positions)."""
+        config: Any = self.model.config.get_text_config()
+        found = getattr(config, "rope_parameters", None) or {}
+        found = dict(found.get("full_attention", found))
+        theta = found.get("rope_theta", 10000.0)
+        if found.get("rope_type") not in ROPE_TYPES or found.pop("partial_rotary_factor", 1.0) != 1.0:
+            return {"rope_type": "default", "rope_theta": theta}
+        return found
 
     @property
     def head_weight(self) -> Float[Tensor, "V D"]:
@@ -176,39 +192,74 @@ class Target:
 
     def head_rows(self, final: Float[Tensor, "R D"], token_ids: Int[Tensor, " U"]) -> Float[Tensor, "R U"]:
         """Logits of some tokens only, from final states."""
+        head: Any = self.model.get_output_embeddings()
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         with torch.no_grad():
-            return torch.nn.functional.linear(final, self.head_weight[token_ids])
+            bias = head.bias[token_ids] if head.bias is not None else None
+            logits = torch.nn.functional.linear(final, head.weight[token_ids], bias)
+            return cap * torch.tanh(logits / cap) if cap else logits
+
+    @torch.no_grad()
+    def check_head(self) -> None:
+        """Raise ValueError when the model does more to its logits than `head_rows`, which teaches drafts, knows of."""
+        out = self.model(
+            input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device),
+            use_cache=False,
+            output_hidden_states=[self.num_layers],
+        )
+        theirs = out.logits[0].float()
+        ours = self.head_rows(out.hidden_states[self.num_layers][0], torch.arange(theirs.shape[1], device=self.device))
+        if not torch.allclose(ours.float(), theirs, rtol=0.05, atol=0.05 * theirs.abs().max().item()):
+            raise ValueError(
+                f"{type(self.model).__name__} scales its logits in a way that training does not know; it can be "
+                "decoded with, but no draft can be trained for it."
+            )
 
     def forward_rows(
         self,
         embeddings: Float[Tensor, "B R D"],
         positions: Int[Tensor, "B R"],
         mask: Bool[Tensor, "B R K"] | None,
-        cache: Cache,
+        cache: KVCache | PrefixCache,
         *,
         num_logits: int,
     ) -> tuple[Float[Tensor, "B num_logits V"], Float[Tensor, "B R D4"]]:
         """The model's own forward; logits (float32) of the first ``num_logits`` rows, captured low, mid, high and final
         states of all rows."""
         layers = [*self.feature_layers, self.num_layers]
-        attention_mask = None
-        if mask is not None:
-            attention_mask = mask[:, None]
-            if self.eager:  # eager attention adds its mask
-                low = torch.finfo(embeddings.dtype).min
-                attention_mask = torch.zeros_like(attention_mask, dtype=embeddings.dtype).masked_fill_(
-                    ~attention_mask, low
-                )
         out = self.model(
             inputs_embeds=embeddings,
             position_ids=positions,
-            attention_mask=attention_mask,
+            attention_mask=self._attention_mask(mask, cache) if mask is not None else None,
             past_key_values=cache,
             use_cache=True,
             output_hidden_states=layers,
             logits_to_keep=torch.arange(num_logits, device=embeddings.device),
         )
         return out.logits.float(), torch.cat([out.hidden_states[layer] for layer in layers], dim=-1)
+
+    def _attention_mask(self, mask: Bool[Tensor, "B R K"], cache: KVCache | PrefixCache) -> Tensor | dict[str, Tensor]:
+        """The mask as the model takes it: one tensor, or one for each kind of its layers."""
+        full = self._as_attended(mask)
+        if self.window is None:
+            return full
+        sliding = self._as_attended(within_window(mask, self.window, cache.num_soft_keys))
+        return {"full_attention": full, "sliding_attention": sliding} if self.has_full_layers else sliding
+
+    def _as_attended(self, mask: Bool[Tensor, "B R K"]) -> Tensor:
+        mask = mask[:, None]
+        if not self.eager:
+            return mask
+        # Eager attention adds its mask.
+        return torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
+
+
+def within_window(mask: Bool[Tensor, "B R K"], window: int, num_soft: int) -> Bool[Tensor, "B R K"]:
+    """What a layer of sliding attention leaves of a mask: the last ``window`` of the tokens that a row sees, and all of
+    the ``num_soft`` soft prompts before them. A row sees one key for each position, in order."""
+    tokens = mask[..., num_soft:]
+    near = tokens.flip(-1).cumsum(-1).flip(-1) <= window
+    return torch.cat([mask[..., :num_soft], tokens & near], dim=-1)
 
 
 def default_feature_layers(num_layers: int) -> tuple[int, int, int]:
@@ -225,16 +276,20 @@ def _refuse_unsupported(model: PreTrainedModel, config: Any) -> None:
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder; only decoder-only models can be a target.")
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
+    if getattr(model, "_is_stateful", False):
+        raise ValueError(f"{name} keeps a recurrent state, which cannot branch as a tree does; use another target.")
+    if odd := sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}):
         raise ValueError(
-            f"{name} has layers of type {', '.join(sorted(kinds - {'full_attention'}))}; "
-            "only full attention can read a tree in one forward."
+            f"{name} has layers of type {', '.join(odd)}; only full and sliding attention can read a tree at once."
         )
-    if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
+    if getattr(config, "kv_lora_rank", None):
+        raise ValueError(f"{name} keeps compressed keys and values (kv_lora_rank), which this cache has no place for.")
+    if getattr(config, "num_kv_shared_layers", None):
+        raise ValueError(f"{name} shares keys and values between layers, which this cache has no place for.")
+    if len(devices := set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         raise ValueError(
-            f"{name} attends to a sliding window of {config.sliding_window} tokens; "
-            "only full attention can read a tree in one forward."
+            f"{name} is spread over devices {', '.join(sorted(map(str, devices)))}, but the cache lies on one; load it "
+            "onto one device."
         )
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise ValueError(f"{name} takes no position_ids; a tree needs explicit positions for its nodes.")
@@ -243,3 +298,12 @@ def _refuse_unsupported(model: PreTrainedModel, config: Any) -> None:
             f"{name} is loaded with attention {config._attn_implementation!r}, which takes no tree mask; "
             "load it with attn_implementation='sdpa' or 'eager'."
         )
+
+
+def _sliding_window(config: Any) -> tuple[int | None, bool]:
+    """The window of the layers that have one, and whether others see everything."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
+    if window is None or window >= config.max_position_embeddings or "sliding_attention" not in kinds:
+        return None, True
+    return window, "full_attention" in kinds

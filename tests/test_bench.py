@@ -18,7 +18,7 @@ from confu.documents import Document
 from confu.load import encode_chat, load_decoder
 from confu.methods import Draft, choose_drafts, sweep_trees
 from confu.results import read_results
-from confu.train import add_contemplation, new_eagle3
+from confu.start import add_contemplation, new_eagle3
 
 QUESTIONS = [
     {"question_id": 1, "category": "a", "turns": ["0"]},

@@ -87,7 +87,7 @@ def test_computed_numbers_are_marked_and_fall_with_the_batch():
     assert table.caption.startswith("COMPUTED for H100 SXM")
     assert [cells[0] for cells in table.rows] == ["plain, tokens/s", "eagle3", "confu"]
     speedups = [[float(cell.removesuffix("x")) for cell in cells[1:]] for cells in table.rows[1:]]
-    assert all(0.5 < speedup < 3 for cells in speedups for speedup in cells)
+    assert all(0.1 < speedup < 3 for cells in speedups for speedup in cells)
     assert speedups[0][0] > speedups[0][2]  # 60 nodes of 32 sequences: arithmetic, no longer memory
 
 

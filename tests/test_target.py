@@ -2,6 +2,7 @@
 
 import copy
 
+import families
 import naive
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from confu.contemplate import tree_rows_mask
-from confu.target import Target, default_feature_layers
+from confu.target import Target, default_feature_layers, within_window
 from confu.tree import Tree, from_parents
 
 PROMPTS = ((3, 1), (5, 9, 2, 6))
@@ -285,16 +286,43 @@ UNSUPPORTED = {
     "recurrent": lambda: transformers.MambaForCausalLM(
         transformers.MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=8, state_size=4)
     ),
-    "sliding-gemma2": lambda: transformers.Gemma2ForCausalLM(
-        transformers.Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, sliding_window=4)
-    ),
-    "sliding-qwen2": lambda: transformers.Qwen2ForCausalLM(
-        transformers.Qwen2Config(
-            **SMALL, num_key_value_heads=2, use_sliding_window=True, sliding_window=4, max_window_layers=2
+    "recurrent-attention": lambda: transformers.JambaForCausalLM(
+        transformers.JambaConfig(
+            **SMALL, num_key_value_heads=2, mamba_d_state=4, num_experts=2, use_mamba_kernels=False
         )
     ),
-    "sliding-mistral": lambda: transformers.MistralForCausalLM(
-        transformers.MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=4)
+    "chunked": lambda: transformers.Llama4ForCausalLM(
+        transformers.Llama4TextConfig(
+            **SMALL, num_key_value_heads=2, head_dim=8, num_local_experts=2, intermediate_size_mlp=16
+        )
+    ),
+    "compressed": lambda: transformers.DeepseekV3ForCausalLM(
+        transformers.DeepseekV3Config(
+            **SMALL,
+            num_key_value_heads=2,
+            n_routed_experts=4,
+            n_group=1,
+            topk_group=1,
+            num_experts_per_tok=2,
+            moe_intermediate_size=8,
+            kv_lora_rank=4,
+            q_lora_rank=4,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=4,
+            v_head_dim=4,
+        )
+    ),
+    "shared": lambda: transformers.Gemma3nForCausalLM(
+        transformers.Gemma3nTextConfig(
+            **SMALL | {"intermediate_size": [16] * 8},
+            num_key_value_heads=2,
+            head_dim=8,
+            vocab_size_per_layer_input=32,
+            hidden_size_per_layer_input=4,
+            num_kv_shared_layers=2,
+            laurel_rank=4,
+            activation_sparsity_pattern=[0.0] * 8,
+        )
     ),
     "alibi": lambda: transformers.BloomForCausalLM(
         transformers.BloomConfig(vocab_size=32, hidden_size=16, n_layer=8, n_head=2)
@@ -302,11 +330,83 @@ UNSUPPORTED = {
 }
 
 
+REASONS = {
+    "encoder-decoder": "is an encoder-decoder",
+    "recurrent": "keeps a recurrent state",
+    "recurrent-attention": "keeps a recurrent state",
+    "chunked": "has layers of type chunked_attention",
+    "compressed": "keeps compressed keys and values",
+    "shared": "shares keys and values between layers",
+    "alibi": "takes no position_ids",
+}
+
+
 @pytest.mark.parametrize("kind", UNSUPPORTED)
 def test_models_that_cannot_read_a_tree_are_refused(kind):
     model = UNSUPPORTED[kind]()
-    with pytest.raises(ValueError, match=type(model).__name__):
+    with pytest.raises(ValueError, match=f"{type(model).__name__} {REASONS[kind]}"):
         Target(model)
+
+
+def test_a_model_on_two_devices_is_refused(model):
+    twin = copy.deepcopy(model)
+    twin.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": 0}
+    Target(twin)
+    twin.hf_device_map |= {"lm_head": "cpu"}
+    with pytest.raises(ValueError, match="LlamaForCausalLM is spread over devices 0, cpu.*onto one device"):
+        Target(twin)
+
+
+def test_literal_window():
+    """Two soft prompts, five tokens of the prefix, three nodes and a contemplate row of the last node."""
+    seen = [
+        "xx xxxxx x.. .",
+        "xx xxxxx xx. .",
+        "xx xxxxx x.x .",
+        "xx xxxxx x.x x",
+    ]
+    left = [
+        "xx ...xx x.. .",
+        "xx ....x xx. .",
+        "xx ....x x.x .",
+        "xx ..... x.x x",
+    ]
+    assert within_window(torch.tensor([literal(seen)]), 3, 2).tolist() == [literal(left)]
+    assert within_window(torch.tensor([literal(seen)]), 9, 2).tolist() == [literal(seen)]
+
+
+def test_a_window_as_long_as_the_context_is_full_attention():
+    config = transformers.MistralConfig(**SMALL, num_key_value_heads=2, max_position_embeddings=64, sliding_window=64)
+    assert Target(transformers.MistralForCausalLM(config)).window is None
+    config.sliding_window = 63
+    assert Target(transformers.MistralForCausalLM(config)).window == 63
+
+
+@pytest.mark.parametrize("family", ["Llama 3, tied head", "Gemma 2", "GPT-OSS", "Phi-4-mini"])
+def test_taught_logits_are_the_models(family):
+    """Soft-capped, or with a head that is the embedding: `head_rows` on final states gives the model's own logits."""
+    target = Target(families.build(family))
+    tokens = torch.tensor([[5, 9, 2, 6, 1, 7, 8]])
+    _, final = target.teach(tokens, None)
+    logits = target.model(tokens).logits[0]
+    naive.assert_close(target.head_rows(final[0], torch.tensor([3, 40, 8])), logits[:, [3, 40, 8]])
+    target.check_head()
+
+
+def test_a_model_that_scales_its_logits_cannot_be_taught_from():
+    config = transformers.CohereConfig(**SMALL, num_key_value_heads=2, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    target = Target(transformers.CohereForCausalLM(config))
+    with pytest.raises(ValueError, match="CohereForCausalLM scales its logits"):
+        target.check_head()
+
+
+def test_rope_of_a_draft():
+    """The target's own where a Llama layer can follow it, else its theta."""
+    assert Target(families.build("Llama 3")).rope_parameters == families.LLAMA3
+    gemma = Target(families.build("Gemma 3")).rope_parameters
+    assert gemma == {"rope_type": "default", "rope_theta": 1000000.0}  # of its full layers, not the sliding ones'
+    assert Target(families.build("Phi-4-mini")).rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+    assert Target(families.build("Phi-3")).rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
 
 
 def test_models_with_too_few_layers_are_refused():

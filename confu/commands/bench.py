@@ -1,4 +1,4 @@
-"""`confu bench`: measure methods against the plain target, side by side. Registered in cli.py; loaded when it runs."""
+"""confu bench, and what confu report says of its results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 from cyclopts import Group, Parameter
 
-from confu.cli import INTERRUPTED, OUTPUT, TREE, Device, Dtype, Output, TargetName, Tree
+from confu.commands.app import INTERRUPTED, OUTPUT, TREE, Device, Dtype, Output, TargetName, Tree, app, complain
 from confu.config import BenchConfig
 from confu.questions import SPEC_BENCH, load_suite
 from confu.terminal import Stages, Terminal
@@ -22,6 +22,10 @@ Settings = Annotated[BenchConfig, Parameter(name="*", group=MEASURED)]
 BENCH = BenchConfig()
 
 
+@app.command(
+    help_epilogue="Examples:\n\n    confu bench smollm2-135m-eagle3 smollm2-135m-confu --limit 12\n"
+    "    confu bench smollm2-135m-confu --suite questions.jsonl --sweep nodes=8,16,30 contemplate=0,4"
+)
 def bench(
     *drafts: Drafts,
     methods: str | None = None,
@@ -74,9 +78,9 @@ def bench(
     with Stages(terminal) as progress:
         progress.wait("starting")
         from confu.bench import describe, run_bench
-        from confu.costs import measure
         from confu.methods import choose_drafts, load_methods, sweep_trees
         from confu.peer import open_peers
+        from confu.round_costs import measure
 
         wanted = [word.strip() for word in (methods or "").split(",") if word.strip()]
         trees = sweep_trees(tree, sweep)
@@ -93,8 +97,7 @@ def bench(
                     run["costs"] = measure(loaded)
                 results = run_bench(found, loaded, settings, out, run, repeats=repeats, progress=progress)
         except KeyboardInterrupt:
-            terminal.complain(f"interrupted; go on with: confu {shlex.join(sys.argv[1:])}")
-            return INTERRUPTED
+            return complain(f"interrupted; go on with: confu {shlex.join(sys.argv[1:])}", INTERRUPTED)
     return 0 if show_results(terminal, results, results.parent) else 1
 
 
