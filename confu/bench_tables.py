@@ -115,7 +115,7 @@ def overall_table(findings: Findings) -> Table:
 def by_task_table(findings: Findings, caption: str, value: str) -> Table:
     """Every method by task, with intervals; ``value`` names a field of `Summary` that has one."""
     rows = [
-        [name, *(_with_interval(summaries.get(name), value) for summaries in findings.by_task.values())]
+        [name, *(with_interval(summaries.get(name), value) for summaries in findings.by_task.values())]
         for name in findings.speculative
     ]
     return Table(caption, ["method", *findings.by_task], [row for row in rows if set(row[1:]) != {NONE}])
@@ -247,7 +247,7 @@ def _trees(results: Results) -> list[dict[str, Any]]:
     return [facts["tree"] for facts in results.run["methods"].values() if "tree" in facts]
 
 
-def _with_interval(found: Summary | None, value: str) -> str:
+def with_interval(found: Summary | None, value: str) -> str:
     if found is None or getattr(found, value) is None:
         return NONE
     interval = getattr(found, f"{value}_interval")
