@@ -4,9 +4,11 @@
     python benchmarks/table.py --check    # exit 1 when a file does not show today's rows
 
 ``<!-- tau:NAME -->`` ... ``<!-- /tau -->`` is filled from benchmarks/results/NAME,
-``<!-- runs:A,B,... -->`` ... ``<!-- /runs -->`` from the runs A, B, ..., and ``<!-- training-table -->`` ...
-``<!-- /training-table -->`` from all runs that are folders. A run is benchmarks/results/training/A.jsonl, or a folder
-A there with config.json, metrics.jsonl and, if there is something to say, a line in note.txt.
+``<!-- runs:A,B,... -->`` ... ``<!-- /runs -->`` from the runs A, B, ..., ``<!-- training-table -->`` ...
+``<!-- /training-table -->`` from all runs that are folders, and ``<!-- evaluations:NAME -->`` ...
+``<!-- /evaluations -->`` from benchmarks/results/NAME.jsonl (losses of drafts on one held-out set). A run is
+benchmarks/results/training/A.jsonl, or a folder A there with config.json, metrics.jsonl and, if there is something to
+say, a line in note.txt.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TAU = re.compile(r"(<!-- tau:([\w-]+) -->\n).*?(<!-- /tau -->)", re.DOTALL)
 RUNS = re.compile(r"(<!-- runs:([\w,-]+) -->\n).*?(<!-- /runs -->)", re.DOTALL)
+EVALUATIONS = re.compile(r"(<!-- evaluations:([\w-]+) -->\n).*?(<!-- /evaluations -->)", re.DOTALL)
 TRAINING = re.compile(r"(<!-- training-table -->\n).*?(<!-- /training-table -->)", re.DOTALL)
 
 
@@ -33,6 +36,7 @@ def main() -> int:
         old = path.read_text(encoding="utf-8")
         new = TAU.sub(lambda found: found[1] + table(RESULTS / found[2]) + found[3], old)
         new = RUNS.sub(lambda found: found[1] + runs(found[2].split(",")) + found[3], new)
+        new = EVALUATIONS.sub(lambda found: found[1] + evaluations(found[2]) + found[3], new)
         new = TRAINING.sub(lambda found: found[1] + training() + found[2], new)
         if new != old:
             stale.append(path)
@@ -86,6 +90,15 @@ def runs(names: list[str]) -> str:
             numbers = [(r["loss"], r["kl"][0], r["kl"][3], r["accuracy"][0], r["accuracy"][3]) for r in mine]
             cells = " | ".join(f"{sum(column) / len(column):.3f}" for column in zip(*numbers, strict=True))
             lines.append(f"| {name} | {mine[0]['step']} to {mine[-1]['step']} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def evaluations(name: str) -> str:
+    """KL and accuracy by draft step."""
+    lines = ["| draft | trained | KL, steps 1 to 5 | accuracy, steps 1 to 5 |", "|---|---|---|---|"]
+    for row in read_rows(RESULTS / f"{name}.jsonl"):
+        kl, accuracy = (", ".join(f"{x:.3f}" for x in row[key]) for key in ("kl", "accuracy"))
+        lines.append(f"| {row['variant']} | {row['trained']} | {kl} | {accuracy} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,7 @@
 """Measure the mean acceptance length (tau) of drafts with the real decoder; one row per prompt and method.
 
     python benchmarks/tau.py PROMPTS.jsonl --drafts lookup smollm2-135m-eagle3 smollm2-135m-confu
+    python benchmarks/tau.py PROMPTS.jsonl --drafts confu-zero=smollm2-135m-confu --future zero
 
 Prompts are JSON lines with ``id``, ``category`` and ``prompt``. Rows are appended to OUT/rows.jsonl as they come, and
 prompts already there are not run again; OUT/run.json says how and on what the rows were made. `table.py` reads both.
@@ -9,6 +10,7 @@ prompts already there are not run again; OUT/run.json says how and on what the r
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -26,6 +28,7 @@ from confu.config import SamplingConfig, TreeConfig
 from confu.generate import Decoder
 from confu.load import encode_chat, load_decoder
 from confu.stats import Stats
+from confu.target import Target, Verified
 
 
 def main() -> None:
@@ -43,6 +46,8 @@ def main() -> None:
         if not todo:
             continue
         decoder = load_decoder(path, target=args.target, dtype=args.dtype, device=args.device, tree=tree)
+        if args.future != "own":
+            mislead(decoder.target, args.future)
         # Prompts of similar length share a batch, so that little of a forward is padding.
         todo.sort(key=lambda p: len(p["prompt"]))
         for first in range(0, len(todo), args.batch_size):
@@ -73,6 +78,25 @@ def measure(decoder: Decoder, prompts: list[dict[str, Any]], sampling: SamplingC
         }
         for i, (prompt, result) in enumerate(zip(prompts, results, strict=True))
     ]
+
+
+def mislead(target: Target, how: str) -> None:
+    """Let the drafter read zeros, or the f of another sequence of the batch (of the batch before, once one is left)."""
+    verify, last = target.verify, []
+
+    def misled(*args: Any, **kwargs: Any) -> Verified:
+        out = verify(*args, **kwargs)
+        if out.future is None:
+            return out
+        if how == "zero":
+            return dataclasses.replace(out, future=torch.zeros_like(out.future))
+        if len(out.future) > 1:
+            last[:] = [out.future[:1]]
+            return dataclasses.replace(out, future=out.future.roll(1, dims=0))
+        other = last[0][:, :1].expand_as(out.future) if last else torch.zeros_like(out.future)
+        return dataclasses.replace(out, future=other)
+
+    target.verify = misled  # type: ignore[method-assign]
 
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
@@ -112,6 +136,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tree-depth", type=int, default=6)
     parser.add_argument("--tree-topk", type=int, default=10)
     parser.add_argument("--contemplate", type=int, default=None)
+    parser.add_argument("--future", choices=("own", "zero", "other"), default="own", help="the f that drafts read")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
     return parser.parse_args()

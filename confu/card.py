@@ -140,7 +140,7 @@ def _architecture(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
             ("soft-prompt tokens", str(config["num_soft_prompts"])),
             ("experts of each mixture", f"{config['num_experts']}, of which {config['top_experts']} are used"),
             ("rows served by one future prediction", str(config["replication"])),
-            *([("form of the future", _text(config["future_form"]))] if "future_form" in config else []),
+            ("form of the future", _text(config["future_form"])),
         ]
     return rows
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from confu.track import TRACKERS
+
 T = TypeVar("T")
 
 FUTURE_FORMS = ("row", "kv", "input", "head")
@@ -154,7 +156,7 @@ class DraftConfig:
     future_form: str = "row"
     """How f enters the draft: ``row``, ``kv``, ``input`` or ``head`` (ConFu; see `DraftModel`)."""
     future_steps: int = 0
-    """Draft steps whose head reads f by weights of their own; later ones share the last's (form ``head``)."""
+    """Places behind its anchor for which the head reads f by weights of their own (form ``head``)."""
     vocabulary_fingerprint: str = ""
     """SHA-256 of the data files whose token counts chose the draft vocabulary."""
 
@@ -181,6 +183,21 @@ class DraftConfig:
         return self.method == "confu" and self.future_form in forms
 
 
+CONFU_SETTINGS = [
+    "num_soft_prompts",
+    "num_experts",
+    "top_experts",
+    "replication",
+    "max_router_lag",
+    "lr_prompts",
+    "lr_experts",
+]
+"""Fields of a recipe that an eagle3 run does not read."""
+
+
+EVAL_SETTINGS = ("eval_prompts", "eval_limit", "eval_tokens", "eval_nodes", "eval_depth", "eval_topk")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """A training recipe (METHOD: training). One loop serves ``eagle3`` and ``confu``."""
@@ -197,10 +214,14 @@ class TrainConfig:
     """Draft to start from; ConFu starts from a trained EAGLE-3 draft."""
     draft_vocab_size: int = 8192
     """Draft vocabulary U when a new one is counted."""
+    keep_vocabulary: bool = False
+    """Go on with the vocabulary of ``init`` even where it was counted on other data."""
     steps: int = 1000
     """Optimiser steps."""
     batch_tokens: int = 4096
-    """Tokens per step, padding included."""
+    """Tokens per micro-batch, padding included."""
+    accumulate: int = 1
+    """Micro-batches per optimiser step; processes that torchrun starts share them."""
     max_length: int = 1024
     """Longer conversations are cut here."""
     ttt_steps: int = 6
@@ -233,6 +254,28 @@ class TrainConfig:
     """Seed of data order, anchors and new weights."""
     dtype: str = "bfloat16"
     """Compute type of the target and of autocast; master weights stay float32."""
+    shard_target: bool = False
+    """Spread the target's layers over torchrun's processes (FSDP), for a target that does not fit on one device."""
+    track: str | None = None
+    """Tracker that gets the rows of metrics.jsonl, too: ``trackio``, ``wandb`` or ``tensorboard``."""
+    features: str = "online"
+    """``online`` runs the target every step; ``cache`` only in the first epoch, keeping its states on disk (eagle3)."""
+    feature_store: str | None = None
+    """Folder of that cache, for runs on the same data and target to share; unset is ``features`` in the run folder."""
+    evaluate_every: int = 0
+    """Steps between measurements of tau on held-out prompts; final/ is then the best draft. 0 is off."""
+    eval_prompts: str | None = None
+    """JSONL file of those prompts (``prompt``, or ``messages``); what the training data answers is left out."""
+    eval_limit: int = 32
+    """Take the first so many."""
+    eval_tokens: int = 64
+    """Tokens of each answer."""
+    eval_nodes: int = 30
+    """Nodes of the draft tree that tau is measured with."""
+    eval_depth: int = 6
+    """Its levels, and the length of the chains."""
+    eval_topk: int = 10
+    """Its children expanded per node."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
     log_every: int = 10
@@ -243,7 +286,15 @@ class TrainConfig:
             raise ValueError(f"method is {self.method!r}; give 'eagle3' or 'confu'.")
         if not self.data:
             raise ValueError("data names no file; give at least one chat JSONL file.")
-        for name in ("steps", "batch_tokens", "ttt_steps", "draft_vocab_size", "checkpoint_every", "log_every"):
+        for name in (
+            "steps",
+            "batch_tokens",
+            "accumulate",
+            "ttt_steps",
+            "draft_vocab_size",
+            "checkpoint_every",
+            "log_every",
+        ):
             _at_least(self, name, 1)
         for name in ("num_soft_prompts", "num_experts", "top_experts", "replication", "max_router_lag"):
             _at_least(self, name, 1)
@@ -259,8 +310,44 @@ class TrainConfig:
             raise ValueError(f"dtype is {self.dtype!r}; train in 'bfloat16' or 'float32'.")
         if self.top_experts > self.num_experts:
             raise ValueError(f"top_experts is {self.top_experts}, more than the {self.num_experts} experts.")
+        if self.track is not None:
+            _one_of(self, "track", TRACKERS)
+        if self.evaluate_every and self.eval_prompts is None:
+            raise ValueError(
+                f"evaluate_every is {self.evaluate_every}, but eval_prompts names no file; give a JSONL file of "
+                "held-out prompts, or leave evaluate_every at 0."
+            )
+        if self.features not in ("online", "cache"):
+            raise ValueError(f"features is {self.features!r}; give 'online' or 'cache'.")
+        if self.features == "cache" and self.method == "confu":
+            raise ValueError(
+                "features = 'cache' serves eagle3 runs: a confu run needs the target's keys and values, so the target "
+                "runs anyway; leave features at 'online'."
+            )
+        if self.features == "cache" and self.shard_target:
+            raise ValueError(
+                "features = 'cache' lets each process skip the target where its states are stored, but a sharded "
+                "target runs in all processes or in none; leave out one of features and shard_target."
+            )
         if self.method == "confu" and self.init is None:
             raise ValueError("A confu run starts from a trained eagle3 draft; set init to its folder.")
+
+    def without_effect(self) -> list[str]:
+        """A sentence for each kind of setting that differs from its default and changes nothing."""
+        kinds = {
+            "in an eagle3 run": () if self.method == "confu" else CONFU_SETTINGS,
+            "with init, whose draft brings its own vocabulary": ("draft_vocab_size",) if self.init else (),
+            "without init": () if self.init else ("keep_vocabulary",),
+            "with evaluate_every = 0": () if self.evaluate_every else EVAL_SETTINGS,
+            "with features = 'online'": ("feature_store",) if self.features == "online" else (),
+        }
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        sentences = []
+        for when, names in kinds.items():
+            idle = [name for name in names if getattr(self, name) != defaults[name]]
+            if idle:
+                sentences.append(f"{', '.join(idle)}: no effect {when}.")
+        return sentences
 
 
 def from_dict(cls: type[T], values: dict[str, Any], *, source: str) -> T:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,22 +95,6 @@ class Batch:
         return Batch(self.tokens.to(device), self.spans.to(device), self.lengths)
 
 
-def batches(documents: Sequence[Document], *, batch_tokens: int, seed: int, start: int = 0) -> Iterator[Batch]:
-    """Endless batches of at most ``batch_tokens`` padded tokens, a new order every epoch, from batch ``start`` on.
-
-    A document longer than ``batch_tokens`` is a batch of its own.
-
-    The order depends on ``seed`` alone, so a resumed run sees the batches it would have seen.
-    """
-    epoch, seen = 0, 0
-    while True:
-        plan = _epoch_plan(documents, batch_tokens, torch.Generator().manual_seed(seed * 100_003 + epoch))
-        for members in plan[max(0, start - seen) :]:
-            yield collate([documents[i] for i in members])
-        seen += len(plan)
-        epoch += 1
-
-
 def collate(documents: list[Document]) -> Batch:
     lengths = [len(d.tokens) for d in documents]
     tokens = torch.zeros(len(documents), max(lengths), dtype=torch.int64)
@@ -120,8 +104,9 @@ def collate(documents: list[Document]) -> Batch:
     return Batch(tokens, spans, lengths)
 
 
-def _epoch_plan(documents: Sequence[Document], batch_tokens: int, generator: torch.Generator) -> list[list[int]]:
-    """Shuffle, sort windows of the shuffled order by length, cut them into batches, shuffle the batches."""
+def epoch_plan(documents: Sequence[Document], batch_tokens: int, generator: torch.Generator) -> list[list[int]]:
+    """Document numbers of one epoch's batches: shuffle, sort windows of the shuffled order by length, cut them into
+    batches of at most ``batch_tokens`` padded tokens (or one longer document), shuffle the batches."""
     lengths = documents.lengths if isinstance(documents, Shards) else [len(d.tokens) for d in documents]
     order = torch.randperm(len(lengths), generator=generator).tolist()
     plan: list[list[int]] = []

@@ -81,7 +81,8 @@ class DraftModel(nn.Module):
     of four forms (METHOD 4 and 8, docs/training.md). ``row`` and ``kv`` give every row that the anchor serves one more
     key and value: those of a row (expert embedding, W_fc of low to high), or projected from mid to final. ``input``
     and ``head`` read mid to final, each normed, and keep them over the draft's steps: as a third input of queries, keys
-    and values, or added by W_k to what the head reads in step k. Zero f in these two is EAGLE-3.
+    and values, or added to what the head reads: by W_j where it predicts the token j places behind the first that f
+    knows nothing of but f itself, x[a+2]. Zero f in these two is EAGLE-3.
 
     Token embeddings are the target's and are passed in. ``d2t`` is an offset: target id = draft id + d2t[draft id].
     """
@@ -106,14 +107,16 @@ class DraftModel(nn.Module):
         return self.fc(features)
 
     def ahead(self, future: Float[Tensor, "... D4"] | None) -> Float[Tensor, "... Df"] | None:
-        """What accompanies the rows that f serves (f is 0 where it serves none): its normed states (head), or W_f of
-        them (input). None for every other draft."""
+        """What accompanies the rows that f serves (0 where it serves none), from its normed states: W_f (input), or
+        all W_j side by side (head). None for every other draft."""
         if future is None or self.contemplation is None or not self.config.future_is("input", "head"):
             return None
         states = future.unflatten(-1, (4, -1))[..., 1:, :].float()
         states = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + self.config.rms_norm_eps)
         states = states.flatten(-2).to(future.dtype)
-        return self.contemplation.future_fc(states) if self.config.future_is("input") else states
+        if self.config.future_is("input"):
+            return self.contemplation.future_fc(states)
+        return nn.functional.linear(states, self.contemplation.future_heads.flatten(0, 1))
 
     def row(
         self,
@@ -159,19 +162,21 @@ class DraftModel(nn.Module):
         return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
     def read(
-        self, out: Float[Tensor, "... D"], ahead: Float[Tensor, "... Df"] | None = None, step: int = 0
-    ) -> Float[Tensor, "... D"]:
-        """What the head reads of the layer's output in a draft step: norm(out), plus W_step f in form ``head``."""
+        self, out: Float[Tensor, "B R D"], ahead: Float[Tensor, "B R Df"] | None, steps: Int[Tensor, "B R"]
+    ) -> Float[Tensor, "B R D"]:
+        """What the head reads of the layer's output: norm(out), plus W_j f in form ``head``. ``steps`` is j: steps
+        since the row, and rows since the anchor of its f; the last W serves all that lie further on."""
         normed = self.norm(out)
-        if ahead is None or self.contemplation is None or not self.config.future_is("head"):
+        if ahead is None or not self.config.future_is("head"):
             return normed
-        weights = self.contemplation.future_heads
-        return normed + nn.functional.linear(ahead, weights[min(step, len(weights) - 1)])
+        looked = ahead.unflatten(-1, (self.config.future_steps, -1))  # [B, R, S, D]
+        index = steps.clamp(max=self.config.future_steps - 1)[..., None, None]
+        return normed + looked.gather(2, index.expand(-1, -1, 1, looked.shape[3]))[:, :, 0]
 
     def logits(
-        self, out: Float[Tensor, "... D"], ahead: Float[Tensor, "... Df"] | None = None, step: int = 0
-    ) -> Float[Tensor, "... U"]:
-        return self.lm_head(self.read(out, ahead, step))
+        self, out: Float[Tensor, "B R D"], ahead: Float[Tensor, "B R Df"] | None, steps: Int[Tensor, "B R"]
+    ) -> Float[Tensor, "B R U"]:
+        return self.lm_head(self.read(out, ahead, steps))
 
     def set_vocabulary(self, token_ids: Int[Tensor, " U"]) -> None:
         """Take these target ids, sorted ascending, as the draft vocabulary."""

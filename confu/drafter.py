@@ -78,11 +78,12 @@ def check_fit(config: DraftConfig, target: Target) -> None:
 
 class TreeState:
     """KV cache of the draft layer (soft slot 0 holds what f adds there), the root row's output, from which trees grow,
-    and what of f accompanies all rows of the tree."""
+    what of f accompanies all rows of the tree, and how far f's anchor lies before the root row."""
 
     def __init__(self, cache: KVCache, root: Tensor, out: Tensor) -> None:
         self.cache, self.root, self.out = cache, root, out
         self.ahead: Tensor | None = None  # [B, 1, Df]
+        self.lag = torch.zeros_like(root)[:, None]  # [B, 1]
         self.has_slot = False
 
     @property
@@ -96,6 +97,7 @@ class TreeState:
         self.cache.select(sequences)
         self.root, self.out = self.root[sequences], self.out[sequences]
         self.ahead = self.ahead[sequences] if self.ahead is not None else None
+        self.lag = self.lag[sequences]
 
 
 class TreeDrafter:
@@ -136,6 +138,8 @@ class TreeDrafter:
         following = accepted.tokens.roll(-1, dims=1).scatter(1, last, accepted.next_tokens[:, None])
         positions = cache.lengths_tensor()[:, None] + torch.arange(num_rows, device=device)
         fused = draft.fuse(accepted.features)  # [B, M, D]
+        if accepted.anchors is not None:
+            state.lag = last - accepted.anchors.gather(1, last)
         state.has_slot = accepted.future is not None and draft.config.future_is("row", "kv")
         if state.has_slot and accepted.future is not None and accepted.anchors is not None:
             anchor = accepted.anchors.gather(1, last)
@@ -200,7 +204,8 @@ class TreeDrafter:
         return state.cache.row_mask(rows, with_soft=everyone if state.has_slot else False)
 
     def _log_probs(self, state: TreeState, out: Float[Tensor, "B R D"], step: int) -> Float[Tensor, "B R U"]:
-        return self.draft.logits(out, self._ahead(state, out.shape[1]), step).float().log_softmax(dim=-1)
+        steps = (state.lag + step).expand(-1, out.shape[1])
+        return self.draft.logits(out, self._ahead(state, out.shape[1]), steps).float().log_softmax(dim=-1)
 
     def _ahead(self, state: TreeState, num_rows: int) -> Tensor | None:
         return state.ahead.expand(-1, num_rows, -1) if state.ahead is not None else None

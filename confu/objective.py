@@ -43,6 +43,11 @@ class Anchors:
     served_by: Int[Tensor, "B T"]
     """Index of the latest anchor a with a <= i < a + l; -1 where none reaches row i, or nothing is supervised."""
 
+    def lags(self) -> Int[Tensor, "B T"]:
+        """How far row i lies behind its anchor; of no meaning where it has none."""
+        place = torch.arange(self.served_by.shape[1], device=self.served_by.device)
+        return (place - self.position.gather(1, self.served_by.clamp(min=0))).clamp(min=0)
+
 
 @dataclass(frozen=True)
 class Future:
@@ -66,7 +71,13 @@ class Losses:
     """Mean KL of each step."""
     accuracy: Float[Tensor, " K"]
     """Share of rows whose draft argmax is the target's, both over the draft vocabulary."""
-    num_supervised: int
+    num_rows: Int[Tensor, " K"]
+    """Rows that each step supervises."""
+
+    @property
+    def num_supervised(self) -> int:
+        """Supervised tokens of the batch: the rows of its first step."""
+        return int(self.num_rows[0])
 
 
 def supervised_steps(spans: Int[Tensor, "B T"], ttt_steps: int) -> Bool[Tensor, "K B T"]:
@@ -122,12 +133,20 @@ def losses(
     step_decay: float,
     max_router_lag: int = 1,
     generator: torch.Generator | None = None,
+    taught: tuple[Float[Tensor, "B T D3"], Float[Tensor, "B T D"]] | None = None,
+    normaliser: int | None = None,
 ) -> Losses:
-    """Forward pass of one batch: frozen target, contemplate rows of the anchors, K unrolled draft steps."""
+    """Forward pass of one batch: frozen target, contemplate rows of the anchors, K unrolled draft steps.
+
+    ``taught`` stands for what `Target.teach` returns, where it is known already (not with contemplation, which needs
+    the target's keys and values). ``normaliser`` is the number of supervised tokens of the whole step, where this
+    batch is only a part of it.
+    """
     rows = gather_rows(supervised_steps(batch.spans, ttt_steps))
     tokens = batch.tokens
     cache = target.new_cache(len(tokens), tokens.shape[1]) if draft.contemplation else None
-    features, final = target.teach(tokens, cache)
+    assert taught is None or cache is None
+    features, final = taught if taught is not None else target.teach(tokens, cache)
 
     future = None
     if draft.contemplation is not None and cache is not None:
@@ -145,10 +164,10 @@ def losses(
         future = Future(states, anchors)
 
     valid = rows.supervised[0]
-    taught = take(final, rows.index + 1)[valid]  # [R, D]; flat order is by sequence, then row
-    teacher = target.head_rows(taught, draft.target_ids())  # [R, U]
+    teachers = take(final, rows.index + 1)[valid]  # [R, D]; flat order is by sequence, then row
+    teacher = target.head_rows(teachers, draft.target_ids())  # [R, U]
     read = unroll(draft, target, tokens, features, rows, future)
-    return _distil(draft, read, teacher, rows, step_decay)
+    return _distil(draft, read, teacher, rows, step_decay, normaliser)
 
 
 def contemplate(
@@ -201,6 +220,7 @@ def unroll(
 
     hidden, read = take(fused, rows.index), []
     ahead = take(ahead, rows.index) if ahead is not None else None
+    lags = future.anchors.lags().gather(1, rows.index) if future is not None else torch.zeros_like(rows.index)
     for step in range(len(rows.supervised)):
         following = tokens.gather(1, (rows.index + 1 + step).clamp(max=tokens.shape[1] - 1))
         row = draft.row(target.embed(following), hidden, ahead)
@@ -209,12 +229,17 @@ def unroll(
             own.append((*draft.keys_values(row, positions), None))
         attended = attend_merged(draft.queries(row, positions), keys0, values0, rows.index, own)
         hidden = draft.finish(hidden, attended)
-        read.append(draft.read(hidden, ahead, step))
+        read.append(draft.read(hidden, ahead, lags + step))
     return read
 
 
 def _distil(
-    draft: DraftModel, read: list[Tensor], teacher: Float[Tensor, "R U"], rows: Rows, step_decay: float
+    draft: DraftModel,
+    read: list[Tensor],
+    teacher: Float[Tensor, "R U"],
+    rows: Rows,
+    step_decay: float,
+    normaliser: int | None,
 ) -> Losses:
     """KL(target || draft) over the draft vocabulary, summed over steps with decay, per supervised token."""
     log_p = teacher.float().log_softmax(dim=-1)
@@ -235,8 +260,10 @@ def _distil(
         count = max(len(taught_by), 1)
         kls.append(kl.detach() / count)
         accuracies.append(hits / count)
-    num_supervised = int(valid.sum())
-    return Losses(total / max(num_supervised, 1), torch.stack(kls), torch.stack(accuracies), num_supervised)
+    num_rows = rows.supervised.sum(dim=(1, 2))
+    if normaliser is None:
+        normaliser = max(int(num_rows[0]), 1)
+    return Losses(total / normaliser, torch.stack(kls), torch.stack(accuracies), num_rows)
 
 
 class HeadCrossEntropy(torch.autograd.Function):

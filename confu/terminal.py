@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
+    from confu.evaluate import Evaluation
     from confu.train import Report
 
 SCHEMA_VERSION = 1
@@ -103,6 +104,7 @@ class TrainingBoard:
     def __init__(self, terminal: Terminal, steps: int, before: Stages) -> None:
         self.terminal, self.steps, self.before = terminal, steps, before
         self.last: Report | None = None
+        self.tau: Evaluation | None = None
         self._at = time.perf_counter()
         self._bar: Progress | None = None
 
@@ -111,6 +113,8 @@ class TrainingBoard:
         numbers = f"loss {report.loss:.3f}, accuracy {report.accuracy[0]:.3f}, {report.tokens_per_second:.0f} tok/s"
         if done:  # how long a step takes shows from the second report on
             numbers += f", {_clock((self.steps - report.step) * (now - self._at) / done)} left"
+        if self.tau is not None:
+            numbers += f", tau {self.tau.tau:.3f}"
         self.last, self._at = report, now
         self.before.close()
         if self.terminal.quiet:
@@ -125,12 +129,22 @@ class TrainingBoard:
             self._bar.start()
         self._bar.update(self._bar.task_ids[0], completed=report.step, description=numbers)
 
+    def show_tau(self, evaluation: Evaluation) -> None:
+        self.tau = evaluation
+        self._at += evaluation.seconds  # no part of the steps' time
+        depths = " ".join(f"{rate:.2f}" for rate in evaluation.acceptance)
+        self.terminal.say(
+            f"step {evaluation.step}/{self.steps}, tau {evaluation.tau:.3f}, of chains {evaluation.chain_tau:.3f}, "
+            f"accepted by depth {depths} ({evaluation.num_prompts} prompts, {evaluation.seconds:.0f} s)"
+        )
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
 
-    def as_dict(self) -> dict[str, Any] | None:
-        return asdict(self.last) if self.last is not None else None
+    def as_dict(self) -> dict[str, Any]:
+        last, tau = (asdict(shown) if shown is not None else None for shown in (self.last, self.tau))
+        return {"last_report": last, "last_evaluation": tau}
 
 
 def _clock(seconds: float) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from confu.generate import Token
     from confu.lossless import Report
     from confu.regenerate import Summary
+    from confu.rehearse import Throughput
 
 STYLES = {"accepted": "green", "own": "bold underline", "rejected": "dim strike"}
 MARKS = {"accepted": ("«", "»"), "own": ("", ""), "rejected": ("~~", "~~")}
@@ -159,6 +160,24 @@ def lossless_view(report: Report) -> Group:
     )
     verdict = "lossless" if report.lossless else "NOT lossless"
     return Group(table, Text(f"sampling: {test.result} ({numbers})"), Text(verdict, "bold"))
+
+
+def throughput_view(rows: list[Throughput]) -> Table:
+    """Training speed by the length of the conversations."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("length", "tok/s", "supervised tok/s", "ms/token", "GFLOP/token", "of matmul rate", "peak memory"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row.length),
+            f"{row.tokens_per_second:.0f}",
+            f"{row.supervised_per_second:.0f}",
+            f"{row.milliseconds_per_token:.3f}",
+            f"{row.gflops_per_token:.2f}",
+            f"{row.share_of_matmul:.0%}",
+            _fact("peak_bytes", row.peak_bytes),
+        )
+    return table
 
 
 def _fact(name: str, value: Any) -> str:

@@ -62,7 +62,7 @@ def build_draft(model: LlamaForCausalLM, method: str, *, draft_vocab_size: int |
         "top_experts": 2,
         "replication": 8,
         "future_form": form or "row",
-        "future_steps": 2,
+        "future_steps": 3,
     }
     draft = DraftModel(
         DraftConfig(
@@ -281,11 +281,13 @@ class NaiveDraft:
             parts.append(third)
         return torch.cat(parts)
 
-    def read(self, out, step: int, told=None):
-        """What the head reads in a draft step; weights of two steps are there, the last serves all later ones."""
+    def read(self, out, row: int, step: int, told=None):
+        """What the head reads of a row in a draft step: it predicts token row + 2 + step, and f's first is anchor + 2.
+        Weights of three places are there, the last serves all further ones."""
         normed = self.norm("norm", out)
         if self.form == "head" and told:
-            normed = normed + self.w["contemplation.future_heads"][min(step, 1)] @ self.states(told)
+            place = row + step - told[1]
+            normed = normed + self.w["contemplation.future_heads"][min(place, 2)] @ self.states(told)
         return normed
 
     def key_value(self, row, position: int):
@@ -355,7 +357,7 @@ class NaiveDraft:
 
         @cache
         def log_probs(path):
-            logits = self.w["lm_head.weight"] @ self.read(output(path)[0], len(path), mine)
+            logits = self.w["lm_head.weight"] @ self.read(output(path)[0], last, len(path), mine)
             return dict(zip(self.target_ids, logits.log_softmax(0).tolist(), strict=True))
 
         return log_probs

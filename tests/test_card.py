@@ -94,6 +94,7 @@ def test_card_says_what_the_files_say(tmp_path):
         "of the parameters, contemplation": f"{num_contemplation:,}",
         "soft-prompt tokens": str(draft.config.num_soft_prompts),
         "experts of each mixture": f"{draft.config.num_experts}, of which {draft.config.top_experts} are used",
+        "form of the future": "row",
         "rows served by one future prediction": str(draft.config.replication),
         "mean acceptance length (tau), tree": "<strong>2.250</strong>",
         "acceptance at depth 1": "0.625",

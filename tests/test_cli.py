@@ -14,15 +14,15 @@ import torch
 from tiny_data import ROWS, byte_tokenizer, tiny_llama, write_jsonl
 
 import confu.generate
-import confu.train
 from confu import cli, lossless
 from confu.config import TrainConfig
 from confu.data import Corpus
 from confu.documents import Document
 from confu.draft import DraftModel
 from confu.generate import Decoder
+from confu.optimise import Trainer
+from confu.start import add_contemplation, new_eagle3
 from confu.target import Target
-from confu.train import add_contemplation, new_eagle3
 from confu.verify import Sampler
 
 
@@ -431,19 +431,19 @@ def test_train_reports_and_prints_the_draft(confu_run, recipe, tmp_path):
 
 
 def test_interrupted_training_resumes(confu_run, recipe, monkeypatch):
-    step = confu.train._step
+    step = Trainer.step
 
     def interrupted(*args):
-        if args[4] == 2:
+        if args[1] == 2:
             raise KeyboardInterrupt
         return step(*args)
 
-    monkeypatch.setattr(confu.train, "_step", interrupted)
+    monkeypatch.setattr(Trainer, "step", interrupted)
     monkeypatch.setattr(sys, "argv", ["confu", "train", recipe, "--lr", "2e-3"])
     status, out, err = confu_run("train", recipe, "--lr", "2e-3")
     assert (status, out) == (130, "")
     assert f"go on with: confu train {recipe} --lr 2e-3 --resume" in err
-    monkeypatch.setattr(confu.train, "_step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     status, out, _ = confu_run("train", recipe, "--lr", "2e-3", "--resume", "--json")
     assert status == 0
     assert json.loads(out)["last_report"]["step"] == 9

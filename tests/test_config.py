@@ -192,6 +192,27 @@ def test_every_recipe_loads(path):
     assert config.batch_tokens >= config.max_length  # one longest conversation fits a step
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, []),
+        ({"num_experts": 8, "draft_vocab_size": 500}, []),  # the default; a new draft
+        (
+            {"num_experts": 4, "lr_prompts": 0.5, "init": "x", "draft_vocab_size": 500, "feature_store": "y"},
+            [
+                "num_experts, lr_prompts: no effect in an eagle3 run.",
+                "draft_vocab_size: no effect with init, whose draft brings its own vocabulary.",
+                "feature_store: no effect with features = 'online'.",
+            ],
+        ),
+        ({"method": "confu", "init": "x", "num_experts": 4, "lr_prompts": 0.5}, []),
+    ],
+    ids=["nothing", "default", "idle", "confu"],
+)
+def test_settings_without_effect_are_named(settings, said):
+    assert from_dict(TrainConfig, TRAIN | settings, source="x").without_effect() == said
+
+
 def test_control_trains_on_as_confu_does():
     """METHOD 4: the same start, steps, batches and rates, so that only the future makes the difference."""
     control, confu = (

@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny_data import CHATML, END, START, byte_tokenizer, write_jsonl
 
-from confu.data import batches, collate, read_corpus
+from confu.data import collate, read_corpus
 from confu.documents import Document, tokenize_row
+from confu.schedule import step_plan
 
 TOKENIZER = byte_tokenizer()
 
@@ -199,7 +200,8 @@ def members(batch) -> list[int]:
 
 
 def take(count: int, *, seed: int = 5, start: int = 0, budget: int = 64) -> list:
-    return list(islice(batches(DOCUMENTS, batch_tokens=budget, seed=seed, start=start), count))
+    plan = step_plan(DOCUMENTS, batch_tokens=budget, accumulate=1, seed=seed, start=start)
+    return [collate([DOCUMENTS[i] for i in members]) for [members] in islice(plan, count)]
 
 
 def epoch(stream: list) -> list[list[int]]:

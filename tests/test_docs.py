@@ -48,6 +48,35 @@ def test_readme_command_runs(command, tmp_path):
     assert run.stdout.strip() or "train" in command
 
 
+# In one folder, one after the other; short, so that the suite stays short.
+WALK = re.findall(r"^    (confu .*)$", (ROOT / "docs" / "train-your-own.md").read_text(encoding="utf-8"), re.MULTILINE)
+SHORT_WALK = {
+    "generate": "--max-new-tokens 8",
+    "verify-lossless": "--max-new-tokens 4 --samples 32",
+    "train": "--steps 2 --batch-tokens 256",
+    "train examples/mine.toml": "--steps 2 --batch-tokens 256 --evaluate-every 1 --eval-tokens 4 --eval-limit 2",
+}
+
+
+def test_the_walk_through_runs(tmp_path):
+    for name in ("recipes", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for command in WALK:
+        short = max((start for start in SHORT_WALK if command.startswith(f"confu {start}")), key=len, default="")
+        command = command.replace("--max-new-tokens 96", "--max-new-tokens 8")
+        words = shlex.split(f"{command} {SHORT_WALK.get(short, '')}")
+        run = subprocess.run(
+            [str(Path(sys.executable).parent / "confu"), *words[1:]],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0, (command, run.stderr)
+    assert (tmp_path / "out/mine/confu/final/README.md").exists()
+    assert (tmp_path / "out/mine/run/report/report.html").exists()
+
+
 def test_readme_python_runs():
     block = re.search(r"```python\n(.*?)```", README, re.DOTALL)
     assert block is not None

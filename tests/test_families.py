@@ -21,8 +21,9 @@ from confu.drafter import TreeDrafter
 from confu.formats.reading import import_draft
 from confu.formats.writing import export_draft
 from confu.generate import Decoder
+from confu.start import new_eagle3
 from confu.target import Target
-from confu.train import new_eagle3, train
+from confu.train import train
 from confu.tree import from_parents
 
 PROMPTS = ((3, 1, 4, 1, 5, 9, 2, 6, 5, 3), (2, 7), (9, 9, 8))

@@ -174,7 +174,7 @@ def naive_chain(draft, model, tokens: list[int], features, i: int, num_steps: in
         if k > 0:
             seen = [*seen, naive.key_value(naive.row(embedding, hidden, mine), i + k)]
         hidden = naive.layer(embedding, hidden, i + k, seen, mine)
-        read.append(naive.read(hidden, k, mine))
+        read.append(naive.read(hidden, i, k, mine))
     return read
 
 

@@ -13,8 +13,9 @@ from tiny_data import CHATML, END, ROWS, byte_tokenizer, taught_target, tiny_dra
 import confu.shards
 from confu import cli
 from confu.config import TrainConfig
-from confu.data import Corpus, _epoch_plan, batches, check_vocabulary, read_corpus
+from confu.data import Corpus, check_vocabulary, collate, epoch_plan, read_corpus
 from confu.documents import Document, tokenizer_fingerprint
+from confu.schedule import step_plan
 from confu.shards import Shards, coverage, prepare, sample
 from confu.train import train
 from confu.view import supervised_view
@@ -72,13 +73,15 @@ def test_batches_are_the_same_and_planned_without_tokens(chats, tmp_path, monkey
     shards = prepared(chats, tmp_path / "out")
 
     def take(documents) -> list:
-        return [(b.tokens.tolist(), b.spans.tolist()) for b in islice(batches(documents, batch_tokens=90, seed=1), 20)]
+        plan = step_plan(documents, batch_tokens=90, accumulate=1, seed=1)
+        batches = [collate([documents[i] for i in members]) for [members] in islice(plan, 20)]
+        return [(batch.tokens.tolist(), batch.spans.tolist()) for batch in batches]
 
     assert take(shards) == take(memory.documents)
-    expected = _epoch_plan(memory.documents, 90, torch.Generator().manual_seed(1))
+    expected = epoch_plan(memory.documents, 90, torch.Generator().manual_seed(1))
     short = Document(torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64))
     monkeypatch.setattr(Shards, "__getitem__", lambda self, number: short)  # a plan made from these would differ
-    assert _epoch_plan(shards, 90, torch.Generator().manual_seed(1)) == expected
+    assert epoch_plan(shards, 90, torch.Generator().manual_seed(1)) == expected
 
 
 def test_training_reads_a_folder_as_it_reads_the_files(tmp_path):

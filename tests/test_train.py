@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_data import ROWS, VOCAB, byte_tokenizer, taught_target, tiny_draft, write_jsonl
 
-from confu import train as train_module
+from confu import runs
 from confu.config import FUTURE_FORMS, SamplingConfig, TrainConfig, TreeConfig, to_json
 from confu.contemplate import Mixture
 from confu.data import Batch, read_corpus
@@ -21,8 +22,13 @@ from confu.draft import DraftModel
 from confu.drafter import TreeDrafter
 from confu.generate import Decoder
 from confu.objective import losses
+from confu.optimise import Trainer, parameter_groups, set_learning_rates
+from confu.parallel import World
+from confu.runs import Interrupts
+from confu.start import add_contemplation, new_eagle3
 from confu.stats import Stats
-from confu.train import add_contemplation, new_eagle3, train
+from confu.track import Tracker
+from confu.train import train
 
 TOKENIZER = byte_tokenizer()
 PROMPTS = [
@@ -198,17 +204,65 @@ def test_start_from_a_wrong_draft_is_refused(recipe, target, tmp_path):
         train(config, target, TOKENIZER)
 
 
+def test_vocabulary_of_other_data_is_kept_only_on_demand(recipe, target, halfway, tmp_path):
+    config = dataclasses.replace(
+        recipe,
+        init=str(halfway),
+        data=(write_jsonl(tmp_path / "b.jsonl", ROWS[:4]),),
+        out=str(tmp_path / "run"),
+        steps=1,
+    )
+    with pytest.raises(ValueError, match="vocabulary was counted on data .*; set keep_vocabulary = true"):
+        train(config, target, TOKENIZER)
+    final = train(dataclasses.replace(config, keep_vocabulary=True), target, TOKENIZER)
+    assert torch.equal(DraftModel.load(final).t2d, DraftModel.load(halfway).t2d)
+
+
+def test_rows_go_to_the_tracker_too(recipe, target, tmp_path, monkeypatch):
+    """All rows of metrics.jsonl, in order, and the end."""
+    calls = []
+
+    class Recorder(Tracker):
+        def log(self, step, row):
+            calls.append(row)
+
+        def close(self):
+            calls.append("closed")
+
+    def open_recorder(name, folder, config):
+        assert (name, folder, config["steps"]) == ("wandb", tmp_path / "run", 2)
+        return Recorder()
+
+    monkeypatch.setattr(runs, "open_tracker", open_recorder)
+    train(dataclasses.replace(recipe, out=str(tmp_path / "run"), steps=2, track="wandb"), target, TOKENIZER)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert calls == [*map(json.loads, lines), "closed"]
+
+
+def test_what_a_run_does_not_follow_is_said(recipe, target, halfway, tmp_path):
+    """Settings of ConFu in an eagle3 run, and sizes that a trained ConFu draft brings along."""
+    said = []
+    short = dataclasses.replace(recipe, steps=1)
+    train(dataclasses.replace(short, out=str(tmp_path / "eagle3")), target, TOKENIZER, notice=said.append)
+    assert said == ["num_soft_prompts, num_experts, replication, max_router_lag: no effect in an eagle3 run."]
+    first = train(dataclasses.replace(confu(short, halfway), out=str(tmp_path / "first")), target, TOKENIZER)
+    more = dataclasses.replace(confu(short, first), out=str(tmp_path / "more"), num_experts=2, draft_vocab_size=8192)
+    said.clear()
+    train(more, target, TOKENIZER, notice=said.append)
+    assert said == ["The draft to go on from keeps its num_experts 3 (not 2)."]
+
+
 # ---------------------------------------------------------------- optimisation
 
 
 def test_learning_rate_warms_up_and_falls_to_a_tenth(recipe):
     config = dataclasses.replace(recipe, steps=110, warmup=0.09, lr=2.0, lr_prompts=30.0, lr_experts=5.0)
     draft = tiny_draft("confu")
-    optimizer = torch.optim.SGD(train_module._parameter_groups(draft, config))
+    optimizer = torch.optim.SGD(parameter_groups(draft, config))
     for step, scale in ((0, 0.1), (4, 0.5), (9, 1.0), (10, 1.0), (60, 0.55), (85, 0.1 + 0.45 * (1 - math.sqrt(0.5)))):
-        train_module._set_learning_rates(optimizer, config, step)
+        set_learning_rates(optimizer, config, step)
         assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([2 * scale, 30 * scale, 5 * scale])
-    train_module._set_learning_rates(optimizer, config, 109)
+    set_learning_rates(optimizer, config, 109)
     assert 0.2 < optimizer.param_groups[0]["lr"] < 0.201
 
     names = {id(p): name for name, p in draft.named_parameters()}
@@ -220,9 +274,45 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth(recipe):
     ]
 
 
+def gradients(recipe, target, members: list[list[int]]) -> tuple:
+    """Loss and gradients of one step over micro-batches of these conversations."""
+    corpus = read_corpus(recipe.data, TOKENIZER, max_length=64)
+    torch.manual_seed(0)
+    draft = new_eagle3(recipe, target, corpus)
+    trainer = Trainer(dataclasses.replace(recipe, clip=1e9), target, draft, corpus.documents)
+    return trainer.step(0, members), [parameter.grad for parameter in draft.parameters()]
+
+
+def test_micro_batches_add_up_to_one_batch(recipe, target):
+    """Conversations weigh by their supervised tokens, wherever they are cut apart."""
+    whole, whole_grads = gradients(recipe, target, [[0, 1, 2, 3, 4, 5]])
+    for members in ([[5, 1], [0, 2, 3, 4]], [[0], [1, 2, 3, 4], [5]]):
+        parts, grads = gradients(recipe, target, members)
+        assert parts.num_rows.tolist() == whole.num_rows.tolist()
+        for name in ("total", "kl", "accuracy"):
+            torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
+        for ours, theirs in zip(grads, whole_grads, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert whole.num_rows[0] == sum(len(row["response"]) for row in ROWS)
+    # A mean of the parts' means is something else.
+    means = [gradients(recipe, target, [part])[0].total.item() for part in ([0], [1, 2, 3, 4], [5])]
+    assert sum(means) / 3 != pytest.approx(whole.total.item(), rel=1e-4)
+
+
+def test_accumulated_run_reads_two_micro_batches_a_step(recipe, target, tmp_path):
+    """Two halves of an epoch make one step, so every step sees all six conversations."""
+    reports = []
+    config = dataclasses.replace(recipe, out=str(tmp_path / "run"), steps=3, batch_tokens=150, accumulate=2)
+    train(config, target, TOKENIZER, on_report=reports.append)
+    supervised = sum(len(row["response"]) for row in ROWS)
+    assert [report.tokens_seen for report in reports] == [supervised, 2 * supervised, 3 * supervised]
+
+
 def test_loss_that_is_not_finite_stops_the_run_and_is_placed(recipe, target, tmp_path):
     config = dataclasses.replace(recipe, out=str(tmp_path / "run"), lr=1e25, warmup=0.0, batch_tokens=90)
-    with pytest.raises(RuntimeError, match=r"at step [1-9] \(batch of 2 conversations, lengths \d+ to \d+\); lower"):
+    with pytest.raises(
+        RuntimeError, match=r"at step [1-9] \(conversations \d, \d of the data, lengths \d+ to \d+\); lower"
+    ):
         train(config, target, TOKENIZER)
 
 
@@ -236,7 +326,7 @@ class PowerCut(Exception):
 def run_in_two(config, target, *, stop: str, at: int, monkeypatch) -> None:
     """Stop a run after ``at`` steps, then resume it to its end."""
     error = KeyboardInterrupt if stop.startswith("interrupt") else PowerCut
-    real = train_module._step
+    real = Trainer.step
     done = 0
 
     def step(*args):
@@ -251,7 +341,7 @@ def run_in_two(config, target, *, stop: str, at: int, monkeypatch) -> None:
             raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "_step", step)
+        patch.setattr(Trainer, "step", step)
         with pytest.raises(error):
             train(config, target, TOKENIZER, on_report=on_report)
     torch.manual_seed(99)  # nothing may hang on what the process drew before
@@ -274,6 +364,8 @@ def short(recipe, halfway):
     return {
         "eagle3": dataclasses.replace(recipe, **settings),
         "confu": dataclasses.replace(confu(recipe, halfway), **settings),
+        "eagle3 from a cache": dataclasses.replace(recipe, **settings, features="cache"),
+        "confu accumulated": dataclasses.replace(confu(recipe, halfway), **settings, accumulate=2),
     }
 
 
@@ -288,7 +380,7 @@ def unbroken(short, target, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("method", ["eagle3", "confu"])
+@pytest.mark.parametrize("method", ["eagle3", "confu", "eagle3 from a cache", "confu accumulated"])
 @pytest.mark.parametrize(
     ("stop", "at"),
     [
@@ -324,7 +416,7 @@ def test_run_that_stopped_before_its_first_checkpoint_can_be_had(short, target, 
     """Either way on must work; a folder that can be neither resumed nor begun is a dead end."""
     config = dataclasses.replace(short["eagle3"], out=str(tmp_path / "run"))
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "_step", lambda *args: (_ for _ in ()).throw(PowerCut))
+        patch.setattr(Trainer, "step", lambda *args: (_ for _ in ()).throw(PowerCut))
         with pytest.raises(PowerCut):
             train(config, target, TOKENIZER)
     try:
@@ -333,10 +425,57 @@ def test_run_that_stopped_before_its_first_checkpoint_can_be_had(short, target, 
         train(config, target, TOKENIZER)
 
 
+class Together(World):
+    """One of two processes; whether the other one was told to stop is known."""
+
+    other = False
+
+    def any(self, flag: bool) -> bool:
+        return flag or self.other
+
+
+def take_steps(world: World, finished: list[int], *, told_before: int | None = None, told_in: int | None = None):
+    """Three steps, and Ctrl-C before or in one of them."""
+    with Interrupts(world) as interrupts:
+        for step in range(3):
+            if step == told_before:
+                signal.raise_signal(signal.SIGINT)
+            with interrupts.postponed():
+                if step == told_in:
+                    signal.raise_signal(signal.SIGINT)
+                finished.append(step)
+
+
+@pytest.mark.parametrize(
+    ("world", "told", "expected"),
+    [
+        (World(), {"told_in": 1}, [0, 1]),  # the step ends first
+        (World(), {"told_before": 1}, [0]),  # at once
+        (Together(0, 2), {"told_in": 1}, [0, 1]),
+        (Together(0, 2), {"told_before": 1}, [0, 1]),  # the other process is in that step already
+    ],
+)
+def test_interrupt_never_cuts_a_step_in_two(world, told, expected):
+    finished = []
+    with pytest.raises(KeyboardInterrupt):
+        take_steps(world, finished, **told)
+    assert finished == expected
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)  # the former handler is back
+
+
+def test_processes_stop_after_the_same_step(monkeypatch):
+    monkeypatch.setattr(Together, "other", True)
+    finished = []
+    with pytest.raises(KeyboardInterrupt):
+        take_steps(Together(0, 2), finished)
+    assert finished == [0]
+
+
 def test_resume_with_another_recipe_is_refused(short, target, tmp_path, monkeypatch):
     config = dataclasses.replace(short["eagle3"], out=str(tmp_path / "run"))
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "_step", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Trainer, "step", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(config, target, TOKENIZER)
     with pytest.raises(ValueError, match="The recipe differs from .*config.json; resume with the recipe"):
@@ -366,7 +505,12 @@ def test_finished_run_is_not_overwritten(recipe, target, trained):
 def test_run_folder(recipe, trained, data):
     final, reports = trained
     assert sorted(path.name for path in final.parent.iterdir()) == ["config.json", "final", "metrics.jsonl"]
-    assert sorted(path.name for path in final.iterdir()) == ["config.json", "model.safetensors", "provenance.json"]
+    assert sorted(path.name for path in final.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "provenance.json",
+    ]
     config = dataclasses.replace(recipe, out=str(final.parent))
     assert (final.parent / "config.json").read_text() == to_json(config)
     lines = (final.parent / "metrics.jsonl").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""`confu import` and `confu export`: drafts from and for other tools."""
+"""confu import, confu export."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from confu.cli import OUTPUT, Output, app
+from confu.commands.app import OUTPUT, Output, app
 from confu.terminal import Stages
 
 

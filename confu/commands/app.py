@@ -1,0 +1,99 @@
+"""What the commands share: the application, the options that several of them take, loading a decoder."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, Group, Parameter
+
+from confu import __version__
+from confu.config import SamplingConfig, TreeConfig
+from confu.terminal import Stages, Terminal
+
+if TYPE_CHECKING:
+    from confu.generate import Decoder
+
+INTERRUPTED = 130
+
+app = App(
+    name="confu",
+    help="Lossless speculative decoding with EAGLE-3 and ConFu drafts.",
+    version=__version__,
+    suppress_keyboard_interrupt=False,
+    default_parameter=Parameter(
+        negative="", show_default=lambda value: None if value in (None, ()) or value is False else value
+    ),
+)
+app.register_install_completion_command()
+MODEL, SAMPLED, TREES, SHOWN = map(Group.create_ordered, ("Model", "Sampling", "Draft tree", "Output"))
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """How every command reports."""
+
+    json: bool = False
+    """Print one JSON document on stdout and nothing else there."""
+    quiet: Annotated[bool, Parameter(alias="-q")] = False
+    """No progress, legend or summary."""
+    debug: bool = False
+    """Show the traceback of an error, and what the package logs."""
+
+    def terminal(self) -> Terminal:
+        return Terminal(json=self.json, quiet=self.quiet)
+
+
+def _tree_option(field: str) -> str:
+    return "--contemplate" if field == "contemplate" else f"--tree-{field}"
+
+
+DraftName = Annotated[
+    str | None,
+    Parameter(
+        name="DRAFT",
+        help="Shipped draft, folder, Hub id, `lookup` (needs no draft), or draft-model:NAME (a smaller model).",
+    ),
+]
+TargetName = Annotated[
+    str | None, Parameter(group=MODEL, help="Target: name, folder or Hub id. Default: the draft's own.")
+]
+Dtype = Annotated[
+    str,
+    Parameter(group=MODEL, help="float32, bfloat16 or float16; auto is bfloat16 where the device computes it."),
+]
+Device = Annotated[str, Parameter(group=MODEL, help="cpu, cuda, cuda:1 ...; auto is cuda where there is one.")]
+Sampling = Annotated[SamplingConfig, Parameter(name="*", group=SAMPLED)]
+Tree = Annotated[TreeConfig, Parameter(name="*", group=TREES, name_transform=_tree_option)]
+Output = Annotated[OutputConfig, Parameter(name="*", group=SHOWN)]
+SAMPLING, TREE, OUTPUT = SamplingConfig(), TreeConfig(), OutputConfig()
+
+
+def complain(sentence: str, status: int) -> int:
+    print(f"confu: {sentence}", file=sys.stderr)
+    return status
+
+
+def load(
+    terminal: Terminal,
+    draft: str | None,
+    target: str | None,
+    dtype: str,
+    device: str,
+    tree: TreeConfig,
+    *,
+    no_draft: bool = False,
+) -> tuple[Decoder, dict[str, str | None]]:
+    """The decoder, and the names that go into a JSON document."""
+    if draft is None and not no_draft:
+        raise ValueError("No draft was given; name one (`confu info` lists them), or add --no-draft.")
+    with Stages(terminal) as progress:
+        progress.wait("starting")
+        from confu.load import load_decoder, target_name
+
+        name = target_name(draft, target)
+        draft = None if no_draft else draft
+        decoder = load_decoder(draft, target=name, dtype=dtype, device=device, tree=tree, progress=progress)
+    precision = str(decoder.target.dtype).removeprefix("torch.")
+    return decoder, {"draft": draft, "target": name, "dtype": precision, "device": str(decoder.target.device)}
