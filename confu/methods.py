@@ -17,7 +17,7 @@ from confu.draft import load_draft_config
 from confu.generate import Decoder
 from confu.load import LOOKUP, find_device, find_dtype, is_untrained, join, read_network
 from confu.models import DEFAULT_TARGET, SHIPPED_DRAFTS, Progress, draft_path, load_target_model
-from confu.results import PLAIN
+from confu.results import OURS, PLAIN
 
 TRAINED = ("eagle3", "confu")
 
@@ -113,7 +113,8 @@ def load_methods(
         for one in trees:
             name = draft.name if len(trees) == 1 else f"{draft.name} {_differences(one, trees)}"
             engine = DecoderEngine(Decoder(decoder.target, decoder.drafter, tokenizer, one))
-            facts = {"engine": "confu", "kind": draft.kind, "sha256": draft.sha256}
+            facts = {"engine": OURS, "kind": draft.kind, "sha256": draft.sha256}
+            facts |= {"draft": Path(draft.path).name} if draft.path else {}
             facts |= {"tree": dataclasses.asdict(one)} if draft.kind != PLAIN else {}
             facts |= {"swept": draft.name} if len(trees) > 1 else {}
             methods.append(Method(name, engine, facts))
