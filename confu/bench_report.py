@@ -103,7 +103,8 @@ def _verdicts(findings: Findings) -> list[str]:
 def _answers(findings: Findings) -> Iterator[str]:
     """Answers token by token, by the method of longest rounds."""
     kept = [row for row in findings.results.rows if row.get("pieces") and row["turn"] == 0]
-    by_tau = sorted({r["method"] for r in kept}, key=lambda name: findings.overall[name].mean_acceptance_length or 0)
+    methods = [name for name in findings.overall if any(row["method"] == name for row in kept)]
+    by_tau = sorted(methods, key=lambda name: findings.overall[name].mean_acceptance_length or 0)
     if not by_tau:
         return
     yield f"<h2>What {escape(by_tau[-1])} drafted</h2>"
