@@ -16,8 +16,17 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
 from transformers.generation.logits_process import (
-    PrefixConstrainedLogitsProcessor,
+    LogitNormalization,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     SynthIDTextWatermarkLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
@@ -27,6 +36,13 @@ from confu.stats import Stats
 from confu.tree import Tree
 from confu.verify import Sampler, invert_cdf
 
+ROW_BY_ROW = (
+    *(TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper, LogitNormalization),
+    *(RepetitionPenaltyLogitsProcessor, NoRepeatNGramLogitsProcessor, SequenceBiasLogitsProcessor),
+    *(MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor),
+)
+"""Processors that treat every row alike, whatever batch it stands in. Others may know the batch they were made for:
+its size, its padding, the index of a sequence."""
 STATEFUL = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
 PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
 """What `generate` prepares for a model's forward, and the decoder makes for itself."""
@@ -36,15 +52,19 @@ class ProcessedSampler(Sampler):
     """Draws as transformers does: processors on every node's own prefix, then argmax, or a draw from torch's global
     generator, which ``torch.manual_seed`` seeds."""
 
-    def __init__(self, processors: LogitsProcessorList, prefixes: list[list[int]], *, greedy: bool) -> None:
+    def __init__(
+        self, processors: LogitsProcessorList, prefixes: list[list[int]], *, greedy: bool, padded: bool = False
+    ) -> None:
         self.processors, self.greedy = processors, greedy
         self.prefixes = prefixes
         """Each sequence's tokens up to the root of its next tree; whoever reads the stream appends them."""
-        # A function of the batch index must see the index of the sequence, not of a node.
-        self.one_by_one = any(isinstance(p, PrefixConstrainedLogitsProcessor) for p in processors)
+        self.sequences = list(range(len(prefixes)))
+        self.num_sequences = len(prefixes)
+        self.one_by_one = padded or not all(isinstance(processor, ROW_BY_ROW) for processor in processors)
 
     def select(self, sequences: list[int]) -> None:
         self.prefixes = [self.prefixes[i] for i in sequences]
+        self.sequences = [self.sequences[i] for i in sequences]
 
     def draw(
         self, logits: Float[Tensor, "B N V"], tree: Tree, seen: Bool[Tensor, "B V"] | None = None
@@ -56,7 +76,8 @@ class ProcessedSampler(Sampler):
         return invert_cdf(probs, torch.rand(probs.shape[:2], dtype=torch.float64).to(probs.device))
 
     def _process(self, logits: Float[Tensor, "B N V"], tree: Tree) -> Float[Tensor, "B N V"]:
-        """Nodes of one depth have prefixes of one length and go through the processors together."""
+        """Nodes of one depth have prefixes of one length and are a batch of their own. Processors that may know the
+        batch get one node at a time, as every sequence of it, and the right one's row is taken."""
         scores = logits.clone()
         for row, prefix in enumerate(self.prefixes):
             known = torch.tensor(prefix, device=logits.device)
@@ -65,7 +86,11 @@ class ProcessedSampler(Sampler):
                 for group in nodes.split(1 if self.one_by_one else max(len(nodes), 1)):
                     path = tree.ancestors[row, group].nonzero()[:, 1].view(len(group), depth + 1)[:, 1:]
                     ids = torch.cat([known.expand(len(group), -1), tree.tokens[row][path]], dim=1)
-                    scores[row, group] = self.processors(ids, scores[row, group])  # type: ignore[bad-argument-type]
+                    if self.one_by_one:
+                        copies = (x.repeat(self.num_sequences, 1) for x in (ids, logits[row, group]))
+                        scores[row, group] = self.processors(*copies)[self.sequences[row]]  # type: ignore[bad-argument-type]
+                    else:
+                        scores[row, group] = self.processors(ids, logits[row, group])  # type: ignore[bad-argument-type]
         return scores
 
 
@@ -85,12 +110,17 @@ def decode(
     Raises ValueError for what a tree cannot serve: beams, scores, processors with a state, a filled cache, other inputs
     than tokens.
     """
-    _refuse(input_ids, logits_processor, generation_config, prepared)
+    _refuse(logits_processor, generation_config, prepared)
     texts: list[list[int]] = input_ids.tolist()  # padded prompts and answers, as processors and criteria know them
     mask = prepared.get("attention_mask")
     kept = (torch.ones_like(input_ids) if mask is None else mask).bool()
     prompts = [row[own].tolist() for row, own in zip(input_ids, kept, strict=True)]
-    sampler = ProcessedSampler(logits_processor, [list(text) for text in texts], greedy=not generation_config.do_sample)
+    sampler = ProcessedSampler(
+        logits_processor,
+        [list(text) for text in texts],
+        greedy=not generation_config.do_sample,
+        padded=not bool(kept.all()),
+    )
     drawn = sampler.prefixes
     running = set(range(len(texts)))
     room = max((generation_config.max_length or input_ids.shape[1] + 1) - input_ids.shape[1], 1)
@@ -121,9 +151,7 @@ def decode(
     return sequences
 
 
-def _refuse(
-    input_ids: Tensor, processors: LogitsProcessorList, config: GenerationConfig, prepared: dict[str, Any]
-) -> None:
+def _refuse(processors: LogitsProcessorList, config: GenerationConfig, prepared: dict[str, Any]) -> None:
     if config.num_beams and config.num_beams > 1:
         raise ValueError(f"num_beams is {config.num_beams}; a draft decodes one path, so leave it at 1.")
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
@@ -135,8 +163,6 @@ def _refuse(
                 f"{type(processor).__name__} keeps a state from token to token, which cannot follow the branches of a "
                 "tree; leave it out, or decode without a draft."
             )
-        if isinstance(processor, PrefixConstrainedLogitsProcessor) and len(input_ids) > 1:
-            raise ValueError("prefix_allowed_tokens_fn with a draft takes one prompt at a time.")
     if foreign := sorted(name for name, value in prepared.items() if value is not None and name not in PREPARED):
         raise ValueError(f"{', '.join(foreign)} cannot be used with a draft, which reads tokens only; leave it out.")
     cache = prepared.get("past_key_values")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from confu.config import TrainConfig
 from confu.cost import memory_estimate, parameters_by_group, step_flops
@@ -21,7 +21,7 @@ from confu.data import Corpus, collate, read_corpus
 from confu.documents import Document
 from confu.draft import DraftModel, load_draft_config
 from confu.features import FeatureStore
-from confu.models import draft_path, target_path
+from confu.models import draft_path, load_target_config
 from confu.optimise import Trainer, reuse_freed_memory
 from confu.schedule import micro_batches_per_epoch, step_plan
 from confu.start import add_contemplation, confu_config, eagle3_config, new_eagle3, start_draft
@@ -51,7 +51,7 @@ class Throughput:
 def plan_facts(config: TrainConfig) -> dict[str, Any]:
     """What a recipe's target and draft are like, from their configurations alone: no weights are read."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(target_path(config.target)))
+        model = AutoModelForCausalLM.from_config(load_target_config(config.target))
     target = Target(model.to(getattr(torch, config.dtype)))
     sizes = load_draft_config(draft_path(config.init)) if config.init else eagle3_config(config, target)
     if config.method == "confu" and sizes.method == "eagle3":

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from confu.config import DraftConfig, TrainConfig
 from confu.contemplate import Mixture
@@ -118,13 +119,13 @@ def _start_from_last_layer(draft: DraftModel, target: Target) -> None:
         draft.norm.weight.copy_(_factor(decoder.norm))
 
 
-def _factor(norm: torch.nn.Module) -> torch.Tensor:
+def _factor(norm: torch.nn.Module) -> Tensor:
     """What a norm multiplies by; some families (Gemma) store it less one."""
-    weight: Any = whole(norm.weight)  # type: ignore[bad-argument-type]
+    weight = whole(norm.get_parameter("weight"))
     signs = torch.ones_like(weight)
     signs[1::2] = -1  # of mean 0 and mean square 1
-    normed = torch.func.functional_call(norm, {"weight": weight}, (signs,))
-    return weight + (normed * signs - weight).mean().round()
+    result = torch.func.functional_call(norm, {"weight": weight}, (signs,))
+    return weight + (result * signs - weight).mean().round()
 
 
 def add_contemplation(source: DraftModel, config: TrainConfig, target: Target, corpus: Corpus) -> DraftModel:

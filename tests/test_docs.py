@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import families
 import pytest
+
+from confu.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,6 +28,24 @@ def test_tables_show_the_committed_rows():
         [sys.executable, "benchmarks/table.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_compatibility_shows_a_run_of_todays_tests():
+    """Every family and format of the tests has its row; made by benchmarks/compatibility.py."""
+    run = subprocess.run(
+        [sys.executable, "benchmarks/compatibility.py", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    for family in families.FAMILIES:
+        assert f"| {family} | yes | yes | yes | yes | yes | yes |" in page
+    for name in FORMATS:
+        assert f"`confu export --to {name}` (yes)" in page
+    assert "not run" not in page
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -342,10 +342,11 @@ REASONS = {
 
 
 @pytest.mark.parametrize("kind", UNSUPPORTED)
-def test_models_that_cannot_read_a_tree_are_refused(kind):
+def test_models_that_cannot_read_a_tree_are_refused(kind, record_property):
     model = UNSUPPORTED[kind]()
-    with pytest.raises(ValueError, match=f"{type(model).__name__} {REASONS[kind]}"):
+    with pytest.raises(ValueError, match=f"{type(model).__name__} {REASONS[kind]}") as caught:
         Target(model)
+    record_property("sentence", str(caught.value))
 
 
 def test_a_model_on_two_devices_is_refused(model):

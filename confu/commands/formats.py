@@ -1,4 +1,4 @@
-"""`confu import` and `confu export`: drafts from and for other tools."""
+"""confu import, confu export."""
 
 from __future__ import annotations
 
