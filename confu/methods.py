@@ -79,8 +79,10 @@ def choose_drafts(given: Sequence[str], wanted: Sequence[str], target: str | Non
         found = [draft for draft in known if word in (draft.name, draft.kind)]
         if not found and word in TRAINED:
             found = _shipped(word, target)
+        if not found and word in TRAINED:
+            raise ValueError(f"--methods names {word}, but no such draft was given, and none is shipped for {target}.")
         if not found:
-            close = difflib.get_close_matches(word, [*names, *TRAINED], n=1)
+            close = difflib.get_close_matches(word, names, n=1)
             hint = f"did you mean {close[0]}?" if close else f"give some of {', '.join(dict.fromkeys(names))}."
             raise ValueError(f"--methods names {word!r}, which is none of them; {hint}")
         chosen += [draft for draft in found if draft not in chosen]
