@@ -113,22 +113,22 @@ class _Bench:
         for turn in range(max(len(question.turns) for question in batch)):
             asked = [question for question in batch if turn < len(question.turns)]
             able = [question for question in asked if question.id not in failed]
-            answers: dict[str, Answer] = {}
-            prompts: dict[str, list[int]] = {}
+            measured: dict[str, Row] = {}
             try:
-                prompts = {question.id: self._prompt(question, said[question.id]) for question in able}
+                prompts = [self._prompt(question, said[question.id]) for question in able]
                 sampling = self._sampling(method, able, repeat, turn)
-                found = method.engine.answer(list(prompts.values()), sampling) if able else []
-                answers = dict(zip(prompts, found, strict=True))
+                answers = method.engine.answer(prompts, sampling) if able else []
+                for question, prompt, answer in zip(able, prompts, answers, strict=True):
+                    measured[question.id] = self._measured(question, method, repeat, prompt, answer)
             except Exception as error:  # of the tokenizer's template, the context's length, memory, a peer ...
                 reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
                 failed |= {question.id: reason for question in able}
             for question in asked:
                 row: Row = {"question": question.id, "task": question.task, "turn": turn, "method": method.name}
                 row |= {"repeat": repeat, "error": failed.get(question.id)}
-                if question.id in answers:
-                    row |= self._measured(question, method, repeat, prompts[question.id], answers[question.id])
-                    said[question.id].append(row["text"])
+                if question.id not in failed:
+                    row |= measured[question.id]
+                    said[question.id].append(measured[question.id]["text"])
                 yield row
 
     def _measured(self, question: Question, method: Method, repeat: int, prompt: list[int], answer: Answer) -> Row:

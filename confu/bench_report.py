@@ -23,7 +23,7 @@ from confu.bench_tables import (
     verdict,
 )
 from confu.equality import Difference
-from confu.results import PLAIN
+from confu.results import OURS, PLAIN
 from confu.simulate import elsewhere_table, prediction_table
 from confu.view import LEGEND, first_difference
 
@@ -82,7 +82,7 @@ def _title(findings: Findings) -> str:
 def _verdicts(findings: Findings) -> list[str]:
     """The answer to the first two questions a reader has: is it the target's text, and what did contemplation add."""
     run = findings.results.run
-    own = [found for name, found in findings.compared.items() if run["methods"][name]["engine"] == "confu"]
+    own = [found for name, found in findings.compared.items() if run["methods"][name]["engine"] == OURS]
     compared = sum(found.num_compared for found in own)
     sentences = list(findings.failures)
     if not sentences and compared:
@@ -103,7 +103,8 @@ def _verdicts(findings: Findings) -> list[str]:
 def _answers(findings: Findings) -> Iterator[str]:
     """Answers token by token, by the method of longest rounds."""
     kept = [row for row in findings.results.rows if row.get("pieces") and row["turn"] == 0]
-    by_tau = sorted({r["method"] for r in kept}, key=lambda name: findings.overall[name].mean_acceptance_length or 0)
+    methods = [name for name in findings.overall if any(row["method"] == name for row in kept)]
+    by_tau = sorted(methods, key=lambda name: findings.overall[name].mean_acceptance_length or 0)
     if not by_tau:
         return
     yield f"<h2>What {escape(by_tau[-1])} drafted</h2>"

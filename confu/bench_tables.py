@@ -8,7 +8,7 @@ from typing import Any
 
 from confu.equality import Comparison, Difference, failures
 from confu.metrics import Interval, Summary, summarise, tasks_of, tau_ratio
-from confu.results import PLAIN, Results
+from confu.results import OURS, PLAIN, Results
 
 NONE = "–"
 SHAPE = ("nodes", "depth", "topk")
@@ -74,13 +74,14 @@ def document(findings: Findings) -> dict[str, Any]:
     def plain(summaries: dict[str, Summary]) -> dict[str, Any]:
         return {name: asdict(summary) for name, summary in summaries.items()}
 
-    methods = plain(findings.overall)
+    methods, greedy = plain(findings.overall), findings.results.run["temperature"] == 0
+    differences = [asdict(difference) for difference in findings.differences]
     for name, found in findings.compared.items():
         if name in methods:
             methods[name] |= {
                 "num_compared": found.num_compared,
-                "num_diverged": len(found.differences),
-                "num_ties": sum(difference.is_tie for difference in found.differences),
+                "num_diverged": len(found.differences) if greedy else None,
+                "num_ties": sum(difference.is_tie for difference in found.differences) if greedy else None,
                 "first_token_p": found.first_token_p,
                 "length_p": found.length_p,
             }
@@ -88,7 +89,7 @@ def document(findings: Findings) -> dict[str, Any]:
         "methods": methods,
         "by_task": {task: plain(summaries) for task, summaries in findings.by_task.items()},
         "tau_ratios": {pair: {"ratio": ratio, "interval": span} for pair, (ratio, span) in findings.tau_ratios.items()},
-        "differences": [asdict(difference) for difference in findings.differences],
+        "differences": [{k: v for k, v in one.items() if k not in ("text", "plain_text")} for one in differences],
         "failures": findings.failures,
     }
 
@@ -155,9 +156,9 @@ def depth_table(findings: Findings) -> Table:
 def time_table(findings: Findings) -> Table:
     rows = []
     for name, found in findings.overall.items():
-        rounds = found.num_rounds or None
+        tells = found.num_rounds > 0 and found.seconds["target"] > 0
         parts = [found.seconds[part] for part in ("target", "draft", "other")]
-        cells = [number(1000 * seconds / rounds if rounds else None, 1) for seconds in parts]
+        cells = [number(1000 * seconds / found.num_rounds if tells else None, 1) for seconds in parts]
         peak = number(found.peak_bytes / 2**20 if found.peak_bytes else None, 0)
         rows.append([name, *cells, number(found.seconds["prefill"] / max(1, found.num_answers), 2), peak])
     header = ["method", "target, ms a round", "draft", "other", "prefill, s an answer", "peak memory, MiB"]
@@ -219,14 +220,14 @@ def equality_cell(found: Comparison | None) -> str:
     if found.first_token_p is not None and found.length_p is not None:
         return f"{found.first_token_p:.2g}, {found.length_p:.2g}"
     ties = sum(difference.is_tie for difference in found.differences)
-    rest = f" ({ties} ties)" if ties else ""
+    rest = f" ({ties} at a tie)" if ties else ""
     return f"{len(found.differences)} of {found.num_compared}{rest}"
 
 
 def verdict(results: Results, difference: Difference) -> str:
     if difference.is_tie:
         return "rounding tie"
-    if results.run["methods"][difference.method]["engine"] != "confu":
+    if results.run["methods"][difference.method]["engine"] != OURS:
         return "another engine"
     return "MISTAKE" if results.run["dtype"] == "float32" else f"beyond a tie of float32; {results.run['dtype']} rounds"
 
@@ -261,7 +262,7 @@ def _tau_ratios(results: Results) -> dict[str, tuple[float, Interval]]:
     for mine in trees:
         for theirs in trees:
             kinds = facts[mine]["kind"], facts[theirs]["kind"], facts[theirs]["engine"]
-            if kinds not in (("confu", "eagle3", "confu"), ("eagle3", "eagle3", "eagle3-reference")):
+            if kinds not in (("confu", "eagle3", OURS), ("eagle3", "eagle3", "eagle3-reference")):
                 continue
             if mine != theirs and trees[mine] == trees[theirs] and (ratio := tau_ratio(results, mine, theirs)):
                 found[f"{mine} / {theirs}"] = ratio

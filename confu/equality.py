@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from confu.results import PLAIN, Results, Row
+from confu.results import OURS, PLAIN, Results, Row
 from confu.view import first_difference
 
 ROUNDING_GAP = 1e-3  # float32 logits of two computation orders differ by less
@@ -71,7 +71,7 @@ def failures(results: Results, compared: dict[str, Comparison]) -> list[str]:
     differ. So may bfloat16, where neighbouring logits are further apart than any rounding bound."""
     sentences = []
     for name, found in compared.items():
-        if results.run["methods"][name]["engine"] != "confu":
+        if results.run["methods"][name]["engine"] != OURS:
             continue
         wrong = [difference for difference in found.differences if not difference.is_tie]
         if wrong and results.run["dtype"] == "float32":

@@ -17,7 +17,7 @@ from confu.draft import load_draft_config
 from confu.generate import Decoder
 from confu.load import LOOKUP, find_device, find_dtype, is_untrained, join, read_network
 from confu.models import DEFAULT_TARGET, SHIPPED_DRAFTS, Progress, draft_path, load_target_model
-from confu.results import PLAIN
+from confu.results import OURS, PLAIN
 
 TRAINED = ("eagle3", "confu")
 
@@ -79,8 +79,10 @@ def choose_drafts(given: Sequence[str], wanted: Sequence[str], target: str | Non
         found = [draft for draft in known if word in (draft.name, draft.kind)]
         if not found and word in TRAINED:
             found = _shipped(word, target)
+        if not found and word in TRAINED:
+            raise ValueError(f"--methods names {word}, but no such draft was given, and none is shipped for {target}.")
         if not found:
-            close = difflib.get_close_matches(word, [*names, *TRAINED], n=1)
+            close = difflib.get_close_matches(word, names, n=1)
             hint = f"did you mean {close[0]}?" if close else f"give some of {', '.join(dict.fromkeys(names))}."
             raise ValueError(f"--methods names {word!r}, which is none of them; {hint}")
         chosen += [draft for draft in found if draft not in chosen]
@@ -113,7 +115,8 @@ def load_methods(
         for one in trees:
             name = draft.name if len(trees) == 1 else f"{draft.name} {_differences(one, trees)}"
             engine = DecoderEngine(Decoder(decoder.target, decoder.drafter, tokenizer, one))
-            facts = {"engine": "confu", "kind": draft.kind, "sha256": draft.sha256}
+            facts = {"engine": OURS, "kind": draft.kind, "sha256": draft.sha256}
+            facts |= {"draft": Path(draft.path).name} if draft.path else {}
             facts |= {"tree": dataclasses.asdict(one)} if draft.kind != PLAIN else {}
             facts |= {"swept": draft.name} if len(trees) > 1 else {}
             methods.append(Method(name, engine, facts))

@@ -10,14 +10,13 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import itemgetter
 
 from confu.results import PLAIN, Results, Row
 from confu.stats import Stats
 
 DRAWS = 1000
-OVERALL = "overall"
 
 Interval = tuple[float, float] | None
 
@@ -61,13 +60,13 @@ class Summary:
     """Mean over questions of each question's tau."""
     mean_accepted_drafts: float | None
     """tau without the bonus token: accepted drafted tokens per round."""
-    acceptance_per_depth: list[float] = field(default_factory=list)
+    acceptance_per_depth: list[float]
     """Share of rounds that accepted depth d, among those that accepted all before."""
-    round_length_counts: list[int] = field(default_factory=list)
+    round_length_counts: list[int]
     """How many rounds added 1, 2, ... tokens."""
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float]
     """In all: prefill, target, draft and other."""
-    peak_bytes: int | None = None
+    peak_bytes: int | None
 
 
 def tasks_of(results: Results) -> list[str]:

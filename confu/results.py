@@ -15,7 +15,8 @@ from typing import Any
 from confu.questions import Question
 
 SCHEMA_VERSION = 1
-PLAIN = "plain"
+PLAIN = "plain"  # the method that all others are held against
+OURS = "confu"  # the engine, beside those of peers
 GROWING = ("methods", "num_questions", "repeats", "commits", "costs", "date")
 """What a later call may add to in run.json; all else must stay as it was begun."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from confu.bench_tables import Findings, Table, number
-from confu.results import PLAIN, Results
+from confu.results import OURS, PLAIN, Results
 
 BATCHES = (1, 8, 32)
 PREFIX = 1024  # tokens in the cache, for computed numbers
@@ -151,7 +151,7 @@ def elsewhere_table(findings: Findings, hardware: Hardware = H100) -> Table:
     rows = [["plain, tokens/s", *(number(1 / seconds, 0) for seconds in plain)]]
     for name in findings.speculative:
         facts, tau = findings.results.run["methods"][name], findings.overall[name].mean_acceptance_length
-        if facts["engine"] != "confu" or facts["kind"] == "draft-model" or tau is None:
+        if facts["engine"] != OURS or facts["kind"] == "draft-model" or tau is None:
             continue
         tree, cells = facts["tree"], []
         for (model, batch), base in zip(points, plain, strict=True):

@@ -344,7 +344,7 @@ def test_answers_are_cut_alike():
     [
         (["nosuch"], "draft 'nosuch' is not known"),
         (["eagle3", "--methods", "eagel3"], "--methods names 'eagel3', which is none of them; did you mean eagle3?"),
-        (["eagle3", "--methods", "confu"], "which is none of them"),
+        (["eagle3", "--methods", "confu"], "names confu, but no such draft was given, and none is shipped for target."),
         (["eagle3", "plain=confu"], "Two methods are called plain"),
         (["eagle3", "--sweep", "nods=3"], "--sweep 'nods=3' is no axis"),
         (["eagle3", "--sweep", "nodes=3", "nodes=4"], "at most once"),

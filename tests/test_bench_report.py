@@ -61,7 +61,7 @@ def test_page_and_markdown_show_the_same_numbers(tmp_path):
         ["confu", "4.7", "3.33"],
     )
     assert (eagle3[4], confu[4], peer[4]) == ("2.00", "3.00", "–")
-    assert [cells[header.index("differ")] for cells in (plain, eagle3, confu)] == ["–", "1 of 9", "1 of 9 (1 ties)"]
+    assert [cells[header.index("differ")] for cells in (plain, eagle3, confu)] == ["–", "1 of 9", "1 of 9 (1 at a tie)"]
     assert "tau of confu over tau of eagle3, same tree: 1.500" in markdown
     assert "eagle3: 1 answers differ from the plain target&#x27;s beyond rounding" in text
 

@@ -119,7 +119,7 @@ def test_what_follows_another_answer_is_not_compared():
     compared = compare(results(rows))
     assert (compared["eagle3"].num_compared, len(compared["eagle3"].differences)) == (1, 1)
     assert (compared["confu"].num_compared, len(compared["confu"].differences)) == (2, 0)
-    assert equality_cell(compared["eagle3"]) == "1 of 1 (1 ties)"
+    assert equality_cell(compared["eagle3"]) == "1 of 1 (1 at a tie)"
     assert equality_cell(compared["confu"]) == "0 of 2"
 
 
