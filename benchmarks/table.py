@@ -3,7 +3,8 @@
     python benchmarks/table.py            # rewrite the files
     python benchmarks/table.py --check    # exit 1 when a file does not show today's rows
 
-``<!-- tau:NAME -->`` ... ``<!-- /tau -->`` is filled from benchmarks/results/NAME,
+``<!-- tau:NAME -->`` ... ``<!-- /tau -->`` is filled from benchmarks/results/NAME, ``<!-- bench:NAME -->`` ...
+``<!-- /bench -->`` from the run of `confu bench` kept there (``bench:A,B,...``: runs side by side),
 ``<!-- runs:A,B,... -->`` ... ``<!-- /runs -->`` from the runs A, B, ..., ``<!-- training-table -->`` ...
 ``<!-- /training-table -->`` from all runs that are folders, and ``<!-- evaluations:NAME -->`` ...
 ``<!-- /evaluations -->`` from benchmarks/results/NAME.jsonl (losses of drafts on one held-out set). A run is
@@ -20,11 +21,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from confu.bench_tables import (
+    Findings,
+    Table,
+    by_task_table,
+    conditions,
+    equality_cell,
+    equality_header,
+    find,
+    overall_table,
+    ratio_lines,
+    with_interval,
+)
+from confu.equality import compare
 from confu.report import read_metrics, read_run, summary
+from confu.results import read_results
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TAU = re.compile(r"(<!-- tau:([\w-]+) -->\n).*?(<!-- /tau -->)", re.DOTALL)
+BENCH = re.compile(r"(<!-- bench:([\w.,-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 RUNS = re.compile(r"(<!-- runs:([\w,-]+) -->\n).*?(<!-- /runs -->)", re.DOTALL)
 EVALUATIONS = re.compile(r"(<!-- evaluations:([\w-]+) -->\n).*?(<!-- /evaluations -->)", re.DOTALL)
 TRAINING = re.compile(r"(<!-- training-table -->\n).*?(<!-- /training-table -->)", re.DOTALL)
@@ -35,6 +51,7 @@ def main() -> int:
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         old = path.read_text(encoding="utf-8")
         new = TAU.sub(lambda found: found[1] + table(RESULTS / found[2]) + found[3], old)
+        new = BENCH.sub(lambda found: found[1] + bench(found[2].split(",")) + found[3], new)
         new = RUNS.sub(lambda found: found[1] + runs(found[2].split(",")) + found[3], new)
         new = EVALUATIONS.sub(lambda found: found[1] + evaluations(found[2]) + found[3], new)
         new = TRAINING.sub(lambda found: found[1] + training() + found[2], new)
@@ -73,6 +90,40 @@ def table(folder: Path) -> str:
         f"{run['commit'][:10]}{' (modified)' if run['dirty'] else ''}, {run['date']}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def bench(names: list[str]) -> str:
+    """A benchmark run overall and by task; of several, speed-up and tau of each method side by side."""
+    found = []
+    for name in names:
+        results = read_results(RESULTS / name / "results.jsonl.gz")
+        found.append(find(results, compare(results)))
+    if len(found) == 1:
+        tables = [
+            overall_table(found[0]),
+            by_task_table(found[0], "Speed-up by task", "speedup"),
+            by_task_table(found[0], "Tau by task", "mean_acceptance_length"),
+        ]
+    else:
+        tables = [side_by_side(found)]
+    parts = [part for table in tables if table.rows for part in (f"{table.caption}:", table.markdown())]
+    notes = [line for one in found for line in (*ratio_lines(one), conditions(one.results))]
+    return "\n\n".join([*parts, *notes]) + "\n"
+
+
+def side_by_side(found: list[Findings]) -> Table:
+    header = ["method"]
+    for one in found:
+        temperature = f"T={one.results.run['temperature']:g}"
+        header += [f"{temperature}: speed-up", "tau", equality_header(one.results)]
+    rows = []
+    for name in dict.fromkeys(name for one in found for name in one.overall):
+        cells = [name]
+        for one in found:
+            cells += [with_interval(one.overall.get(name), value) for value in ("speedup", "mean_acceptance_length")]
+            cells.append(equality_cell(one.compared.get(name)))
+        rows.append(cells)
+    return Table("All tasks", header, rows)
 
 
 def runs(names: list[str]) -> str:

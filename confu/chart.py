@@ -1,4 +1,4 @@
-"""Line charts as SVG text: no plotting library, no script, the same bytes for the same numbers.
+"""Line and bar charts as SVG text: no plotting library, no script, the same bytes for the same numbers.
 
 Colours are CSS variables, so that one drawing serves light and dark pages. ``CSS`` belongs once on a page that shows
 charts inline; `standalone` puts it into the drawing itself, for a file.
@@ -33,6 +33,8 @@ CSS = (
     ".chart .title{font-size:14px;font-weight:600}.chart .soft{fill:var(--soft)}"
     ".chart .grid{stroke:var(--grid);stroke-width:1}"
     ".chart .line{fill:none;stroke-width:1.8;stroke-linejoin:round}"
+    ".chart .whisker{stroke:var(--ink);stroke-width:1.4;fill:none}"
+    ".chart .mark{stroke:var(--ink);stroke-width:1;stroke-dasharray:4 3}"
 )
 
 
@@ -76,19 +78,119 @@ def line_chart(key: str, title: str, x_label: str, series: Sequence[Series]) -> 
     parts.append(f'<text class="soft" x="{LEFT}" y="{bottom + 2 * LINE}">{escape(x_label)}</text>')
     for number, line in shown:
         parts += _line(line, number, px, py)
-    legend, height = _legend(shown, bottom + 3 * LINE + 4) if len(series) > 1 else ([], bottom + 2 * LINE + 8)
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {WIDTH} {height}" role="img" '
-        f'aria-labelledby="{key}-title {key}-description"><title id="{key}-title">{escape(title)}</title>'
-        f'<desc id="{key}-description">{escape(_description([line for _, line in shown], x_label))}</desc>'
-    )
+    legend, height = [], bottom + 2 * LINE + 8
+    if len(series) > 1:
+        legend, height = _legend([(line.name, _line_sample(number)) for number, line in shown], bottom + 3 * LINE + 4)
+    head = _head(key, title, _description([line for _, line in shown], x_label), height)
     return "\n".join([head, *parts, *legend, "</svg>"])
+
+
+@dataclass(frozen=True)
+class Bars:
+    """One bar in every group; None where there is none. Intervals are drawn as whiskers."""
+
+    name: str
+    values: Sequence[float | None]
+    intervals: Sequence[tuple[float, float] | None] = ()
+
+
+def bar_chart(
+    key: str,
+    title: str,
+    x_label: str,
+    groups: Sequence[str],
+    series: Sequence[Bars],
+    *,
+    digits: int = 2,
+    stacked: bool = False,
+    mark: float | None = None,
+) -> str:
+    """An ``<svg>`` of horizontal bars from zero, side by side or ``stacked``, under the name of their group, with a
+    dashed line at ``mark``. ``key`` and the colours are as in `line_chart`; at least one value is needed."""
+    ends = [end for bars in series for found in bars.intervals if found for end in found]
+    values = [[bars.values[group] for bars in series] for group in range(len(groups))]
+    longest = [sum(v or 0 for v in row) if stacked else max(v or 0 for v in row) for row in values]
+    ticks = _ticks(0, max([*longest, *ends, mark or 0]) or 1, enclosing=True)
+    right = WIDTH - 44  # room for the number behind the longest bar
+
+    def px(x: float) -> float:
+        return x / ticks[-1] * right
+
+    marks, y = [], TOP - 6.0
+    for number, name in enumerate(groups):
+        marks.append(f'<text x="0" y="{y + 12:.1f}">{escape(name)}</text>')
+        drawn, y = (_stack if stacked else _side_by_side)(series, number, y + 17, px, digits)
+        marks += drawn
+        y += 9
+    for tick, text in zip(ticks, _tick_texts(ticks), strict=True):
+        x = f"{px(tick):.1f}"
+        anchor = "start" if tick == 0 else "middle"
+        marks.insert(0, f'<line class="grid" x1="{x}" x2="{x}" y1="{TOP - 8}" y2="{y:.1f}"/>')
+        marks.append(f'<text class="soft" x="{x}" y="{y + LINE - 3:.1f}" text-anchor="{anchor}">{text}</text>')
+    if mark is not None:
+        marks.append(f'<line class="mark" x1="{px(mark):.1f}" x2="{px(mark):.1f}" y1="{TOP - 8}" y2="{y:.1f}"/>')
+    marks.append(f'<text class="soft" x="0" y="{y + 2 * LINE - 3:.1f}">{escape(x_label)}</text>')
+    names = [(bars.name, _bar_sample(number)) for number, bars in enumerate(series)]
+    legend, height = _legend(names, round(y + 3 * LINE)) if len(series) > 1 else ([], round(y + 2 * LINE + 6))
+    spoken = "; ".join(
+        f"{group}: " + ", ".join(f"{b.name} {v:.{digits}f}" for b, v in zip(series, row, strict=True) if v is not None)
+        for group, row in zip(groups, values, strict=True)
+    )
+    head = _head(key, title, f"{x_label}. {spoken}.", height)
+    return "\n".join([head, f'<text class="title" x="0" y="14">{escape(title)}</text>', *marks, *legend, "</svg>"])
 
 
 def standalone(svg: str) -> str:
     """The drawing as a file of its own: it brings its style, size and background."""
     style = f"<style>{CSS}svg{{background:#fff}}@media(prefers-color-scheme:dark){{svg{{background:#16191d}}}}</style>"
     return svg.replace(' role="img"', f' width="{2 * WIDTH}" role="img"', 1).replace("<title", f"{style}<title", 1)
+
+
+def _head(key: str, title: str, description: str, height: int) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {WIDTH} {height}" role="img" '
+        f'aria-labelledby="{key}-title {key}-description"><title id="{key}-title">{escape(title)}</title>'
+        f'<desc id="{key}-description">{escape(description)}</desc>'
+    )
+
+
+def _side_by_side(
+    series: Sequence[Bars], group: int, y: float, px: Callable[[float], float], digits: int
+) -> tuple[list[str], float]:
+    """The bars of a group one below the other, and where they end."""
+    parts = []
+    for number, bars in enumerate(series):
+        value = bars.values[group]
+        if value is None:
+            continue
+        parts.append(f'<rect style="fill:{_colour(number)}" x="0" y="{y:.1f}" width="{px(value):.1f}" height="11"/>')
+        interval = bars.intervals[group] if bars.intervals else None
+        if interval:
+            low, high, middle = px(interval[0]), px(interval[1]), y + 5.5
+            parts.append(
+                f'<path class="whisker" d="M{low:.1f} {middle:.1f}H{high:.1f}M{low:.1f} {middle - 3:.1f}v6'
+                f'M{high:.1f} {middle - 3:.1f}v6"/>'
+            )
+        end = max(px(value), px(interval[1]) if interval else 0)
+        parts.append(f'<text class="soft" x="{end + 5:.1f}" y="{y + 10:.1f}">{value:.{digits}f}</text>')
+        y += 14
+    return parts, y
+
+
+def _stack(
+    series: Sequence[Bars], group: int, y: float, px: Callable[[float], float], digits: int
+) -> tuple[list[str], float]:
+    """The bars of a group one behind the other, with their sum, and where they end."""
+    parts, total = [], 0.0
+    for number, bars in enumerate(series):
+        value = bars.values[group] or 0.0
+        parts.append(
+            f'<rect style="fill:{_colour(number)}" x="{px(total):.1f}" y="{y:.1f}" width="{px(value):.1f}" '
+            f'height="14"><title>{escape(bars.name)}: {value:.{digits}f}</title></rect>'
+        )
+        total += value
+    parts.append(f'<text class="soft" x="{px(total) + 5:.1f}" y="{y + 11:.1f}">{total:.{digits}f}</text>')
+    return parts, y + 17
 
 
 def _line(line: Series, number: int, px: Callable[[float], float], py: Callable[[float], float]) -> list[str]:
@@ -112,15 +214,24 @@ def _style(number: int) -> str:
     return f"stroke:{_colour(number)};stroke-dasharray:{DASHES[number % len(DASHES)]}"
 
 
-def _legend(shown: Sequence[tuple[int, Series]], top: int) -> tuple[list[str], int]:
+def _line_sample(number: int) -> Callable[[float, float], str]:
+    style = _style(number)
+    return lambda x, y: f'<line class="line" style="{style}" x1="{x:.1f}" x2="{x + 28:.1f}" y1="{y}" y2="{y}"/>'
+
+
+def _bar_sample(number: int) -> Callable[[float, float], str]:
+    return lambda x, y: f'<rect style="fill:{_colour(number)}" x="{x:.1f}" y="{y - 6}" width="28" height="11"/>'
+
+
+def _legend(entries: Sequence[tuple[str, Callable[[float, float], str]]], top: int) -> tuple[list[str], int]:
     """Samples and names in rows that fit the width, and the height of a drawing that ends below them."""
     parts, x, y = [], 0.0, top
-    for number, line in shown:
-        name = line.name if len(line.name) <= 48 else line.name[:47] + "…"
+    for name, sample in entries:
+        name = name if len(name) <= 48 else name[:47] + "…"
         width = 34 + len(name) * CHARACTER + 12
         if x > 0 and x + width > WIDTH:
             x, y = 0.0, y + LINE
-        parts.append(f'<line class="line" style="{_style(number)}" x1="{x:.1f}" x2="{x + 28:.1f}" y1="{y}" y2="{y}"/>')
+        parts.append(sample(x, y))
         parts.append(f'<text x="{x + 34:.1f}" y="{y}" dy="4">{escape(name)}</text>')
         x += width
     return parts, y + 12

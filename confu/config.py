@@ -42,6 +42,9 @@ class TreeConfig:
             _at_least(self, "contemplate", 0)
 
 
+SWEEPABLE = tuple(field.name for field in dataclasses.fields(TreeConfig))
+
+
 @dataclass(frozen=True)
 class SamplingConfig:
     """How tokens are drawn from the target; the defaults of ``transformers`` are not inherited."""
@@ -107,6 +110,26 @@ class RegenerateConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number from 0 to 1.")
         if self.greedy_share and self.temperature == 0:
             raise ValueError("greedy_share has no effect at temperature 0; give a temperature, or leave it out.")
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What decides the answers of a benchmark, beside target, drafts and trees."""
+
+    max_new_tokens: int = 256
+    """Most tokens of an answer."""
+    temperature: float = 0.0
+    """0 is greedy, and every answer is compared with the plain target's."""
+    batch_size: int = 1
+    """Questions answered together."""
+    seed: int = 0
+    """Seed of the draws; each question, turn, method and repeat has its own."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_size"):
+            _at_least(self, name, 1)
+        for name in ("temperature", "seed"):
+            _at_least(self, name, 0)
 
 
 @dataclass(frozen=True)

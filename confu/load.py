@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confu.config import TreeConfig
 from confu.draft import DraftModel, load_draft_config
@@ -38,11 +38,29 @@ def load_decoder(
     precision = find_dtype(dtype, place)
     name = target_name(draft, target)
     # A draft is read first: it is small, and most mistakes show there.
-    is_trained = draft is not None and not _is_untrained(draft)
-    network = DraftModel.load(draft_path(draft), dtype=precision, device=place) if draft and is_trained else None
+    network = read_network(draft, precision, place)
     model, tokenizer = load_target_model(name, dtype=precision, device=place, progress=progress)
-    verifier = Target(model, network.config.feature_layers if network else UNREAD)
+    return join(draft, network, model, tokenizer, tree, progress=progress)
 
+
+def read_network(draft: str | None, dtype: torch.dtype, device: str) -> DraftModel | None:
+    """The network of a trained draft; None for what needs none."""
+    if draft is None or is_untrained(draft):
+        return None
+    return DraftModel.load(draft_path(draft), dtype=dtype, device=device)
+
+
+def join(
+    draft: str | None,
+    network: DraftModel | None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tree: TreeConfig | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Decoder:
+    """A loaded target and the drafter that ``draft`` names; several decoders may share one model."""
+    verifier = Target(model, network.config.feature_layers if network else UNREAD)
     drafter: Drafter | None = None
     if network is not None:
         drafter = TreeDrafter(network, verifier)
@@ -53,7 +71,9 @@ def load_decoder(
     elif draft is not None:
         from confu.assistant import Assistant
 
-        small, _ = load_target_model(draft.removeprefix(DRAFT_MODEL), dtype=precision, device=place, progress=progress)
+        small, _ = load_target_model(
+            draft.removeprefix(DRAFT_MODEL), dtype=model.dtype, device=str(model.device), progress=progress
+        )
         drafter = Assistant(verifier, Target(small, UNREAD))
     return Decoder(verifier, drafter, tokenizer, tree)
 
@@ -62,7 +82,7 @@ def target_name(draft: str | None, target: str | None) -> str:
     """The target asked for, else the draft's own, else the default one."""
     if target is not None:
         return target
-    if draft is None or _is_untrained(draft):
+    if draft is None or is_untrained(draft):
         return DEFAULT_TARGET
     return load_draft_config(draft_path(draft)).target
 
@@ -108,7 +128,7 @@ def encode_raw(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer.encode(text)
 
 
-def _is_untrained(draft: str) -> bool:
+def is_untrained(draft: str) -> bool:
     return draft == LOOKUP or draft.startswith(DRAFT_MODEL)
 
 

@@ -17,6 +17,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from confu.config import SamplingConfig, TreeConfig
+from confu.equality import ROUNDING_GAP, SMALLEST_P
 from confu.generate import Decoder
 from confu.load import encode_chat, encode_raw
 from confu.models import Progress
@@ -25,8 +26,6 @@ from confu.view import first_difference
 
 PROMPTS = Path(__file__).parent / "prompts.jsonl"
 SAMPLED_PROMPT = "Once there was a"
-ROUNDING_GAP = 1e-3  # float32 logits of two computation orders differ by less
-SMALLEST_P = 1e-3
 TOP_K, SAMPLED_TOKENS = 3, 3
 COPIES = 64  # of the prompt in one batch
 SAMPLING_TREE = TreeConfig(nodes=6, depth=2, topk=3)

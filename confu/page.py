@@ -18,9 +18,13 @@ CSS = (
     + "caption{text-align:left;color:var(--soft);padding-bottom:.3rem}"
     + "th,td{padding:.25rem .8rem .25rem 0;border-bottom:1px solid var(--grid);text-align:right;"
     + "font-variant-numeric:tabular-nums}tbody th{font-weight:400}"
-    + "th:first-child,td:first-child{text-align:left}.note{color:var(--soft);font-size:.9rem;max-width:46rem}"
+    + "td{white-space:nowrap}th:first-child,td:first-child{text-align:left}"
+    + ".note{color:var(--soft);font-size:.9rem;max-width:46rem}"
     + "@media(max-width:30rem){table{font-size:.8rem}}"
     + "summary{cursor:pointer;padding:.5rem 0}"
+    + ".tokens{white-space:pre-wrap;overflow-wrap:anywhere;max-width:46rem;margin:.3rem 0 1rem}"
+    + ".accepted{color:var(--series-2)}.own{font-weight:600;text-decoration:underline}"
+    + ".rejected{color:var(--soft);text-decoration:line-through}mark{background:var(--grid);color:inherit}"
 )
 
 

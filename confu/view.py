@@ -125,7 +125,7 @@ def regenerated_line(done: Summary) -> str:
     return ", ".join(parts)
 
 
-def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
+def first_difference(ours: Sequence[Any], theirs: Sequence[Any]) -> int | None:
     """First position at which two answers differ, the end of the shorter one included; None when they are the same."""
     if list(ours) == list(theirs):
         return None

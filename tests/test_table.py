@@ -1,11 +1,13 @@
 """Tables of training runs: flat files and folders, evaluations among the reports."""
 
+import gzip
 import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
+from made_rows import results, row
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -98,3 +100,32 @@ def test_training_table_lists_every_run_that_is_a_folder(table, tmp_path, monkey
     ]
     monkeypatch.setattr(sys, "argv", ["table.py", "--check"])
     assert table.main() == 0
+
+
+def keep_bench(folder: Path, temperature: float) -> None:
+    gaps = {"top2_gaps": [1.0] * 4}
+    rows = [row("plain", q, 4.0, [1, 1, 1], **gaps) for q in ("a1", "b1")]
+    rows += [row("confu", q, 2.0, [2, 1]) for q in ("a1", "b1")]
+    found = results(rows, temperature=temperature)
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"schema_version": 1, **found.run}))
+    lines = "".join(json.dumps({"schema_version": 1, **r}) + "\n" for r in found.rows)
+    (folder / "results.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+
+
+def test_bench_runs_are_shown_alone_by_task_and_side_by_side(table, tmp_path):
+    keep_bench(tmp_path / "results" / "cold", 0.0)
+    keep_bench(tmp_path / "results" / "warm-0.7", 0.7)
+    document = tmp_path / "docs" / "benchmark.md"
+    document.write_text("<!-- bench:cold -->\n<!-- /bench -->\n<!-- bench:cold,warm-0.7 -->\n<!-- /bench -->\n")
+    assert table.main() == 0
+    lines = document.read_text().splitlines()
+    assert "| confu | 2.0 | 2.00 | 2.00 to 2.00 | 1.50 | 1.50 to 1.50 | 0 of 2 | – |" in lines
+    after = lines[lines.index("Tau by task:") :]
+    assert after[2:5] == ["| method | a | b |", "| --- | --- | --- |", "| confu | 1.50 | 1.50 |"]
+    after = lines[lines.index("<!-- bench:cold,warm-0.7 -->") :]
+    assert after[3] == "| method | T=0: speed-up | tau | differ | T=0.7: speed-up | tau | p: token, length |"
+    assert after[6].startswith(
+        "| confu | 2.00 (2.00 to 2.00) | 1.50 (1.50 to 1.50) | 0 of 2 | 2.00 (2.00 to 2.00) | 1.5"
+    )
+    assert [line for line in after if "temperature 0.7" in line] != []

@@ -188,22 +188,32 @@ def bench_train(
     help_epilogue="Example:\n\n    confu report out/smollm2-135m-confu out/smollm2-135m-control --out out/compared"
 )
 def report(
-    *runs: Annotated[Path, Parameter(name="RUN", help="Out folders of `confu train`; a run may still be going on.")],
+    *runs: Annotated[
+        Path,
+        Parameter(name="RUN", help="Out folders of `confu train` (a run may be going on), or one bench results.jsonl."),
+    ],
     out: Path | None = None,
     output: Output = OUTPUT,
 ) -> None:
-    """Draw the curves of training runs, over one another, into one page.
+    """Draw the curves of training runs, over one another, or the findings of a benchmark, into one page.
 
     Parameters
     ----------
     out
-        Folder for report.html and the SVG files. Default: `report` in the first run's folder.
+        Folder for the page. Default: `report` in the first training run's folder, or beside results.jsonl.
     """
     if not runs:
         raise ValueError("No run was given; name the out folder of `confu train`.")
+    terminal = output.terminal()
+    if any(run.name.endswith((".jsonl", ".jsonl.gz")) for run in runs):
+        from confu.commands.bench import show_results
+
+        if len(runs) > 1:
+            raise ValueError(f"{len(runs)} runs were given; a results.jsonl is reported alone.")
+        show_results(terminal, runs[0], out or runs[0].parent)
+        return
     from confu.report import read_runs, summary, write_report
 
-    terminal = output.terminal()
     found = read_runs(runs)
     page, *charts = write_report(found, out or runs[0] / "report")
     if terminal.json:

@@ -1,0 +1,108 @@
+"""One method's answers and what each cost: the measured side of a benchmark, the same for every method."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from confu.config import SamplingConfig
+from confu.generate import Decoder, Result
+from confu.stats import Stats
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer. In a batch, seconds are the batch's divided by its answers, so that sums are right."""
+
+    token_ids: list[int]
+    wall_seconds: float
+    """From the prompt's token ids to the last token: prefill, drafts and verification included, tokenizing not."""
+    prefill_seconds: float = 0.0
+    target_seconds: float = 0.0
+    draft_seconds: float = 0.0
+    round_lengths: list[int] = field(default_factory=list)
+    """Tokens that each round added; empty where an engine does not tell."""
+    round_accepted: list[int] = field(default_factory=list)
+    """Drafted tokens among them."""
+    peak_bytes: int | None = None
+    """Most memory while it ran: of the device, or of the whole process on a CPU. None where a peer does not tell."""
+    pieces: list[dict[str, Any]] = field(default_factory=list)
+    """Text of every token, whether it was drafted, and what was drafted in its place."""
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Whoever answers: this package's decoder, or a peer in a process of its own."""
+
+    def answer(self, prompts: Sequence[list[int]], sampling: SamplingConfig) -> list[Answer]:
+        """Answers to prompts (token ids) decoded as one batch."""
+
+
+class DecoderEngine:
+    """This package's decoder. Every call reads its whole prompt, as every peer does."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+
+    def answer(self, prompts: Sequence[list[int]], sampling: SamplingConfig) -> list[Answer]:
+        stats, device = Stats(), self.decoder.target.device
+        _forget_peak(device)
+        results = self.decoder.generate(prompts, sampling, stats=stats)
+        peak_bytes, size = _peak_bytes(device), len(results)
+        return [
+            Answer(
+                result.token_ids,
+                wall_seconds=stats.wall_seconds / size,
+                prefill_seconds=stats.prefill_seconds / size,
+                target_seconds=stats.target_seconds / size,
+                draft_seconds=stats.draft_seconds / size,
+                round_lengths=stats.round_lengths[row],
+                round_accepted=stats.round_accepted[row],
+                peak_bytes=peak_bytes,
+                pieces=self._pieces(result),
+            )
+            for row, result in enumerate(results)
+        ]
+
+    def _pieces(self, result: Result) -> list[dict[str, Any]]:
+        tokenizer = self.decoder.tokenizer
+        assert tokenizer is not None
+        return [
+            {"text": token.text, "drafted": token.from_draft, "rejected": str(tokenizer.decode(list(token.rejected)))}
+            for token in result.tokens
+        ]
+
+    @torch.inference_mode()
+    def top2_gaps(self, prompt: list[int], answer: list[int]) -> list[float]:
+        """By how much the plain target prefers its best token to the second, at every position of an answer."""
+        model: Any = self.decoder.target.model
+        ids = torch.tensor([prompt + answer[:-1]], device=self.decoder.target.device)
+        logits = model(ids, logits_to_keep=len(answer)).logits[0].float()
+        best, second = logits.topk(2).values.unbind(1)
+        return [float(f"{gap:.4g}") for gap in (best - second).tolist()]
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        with suppress(OSError):  # where that is forbidden, peaks are those since the process began
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # since the process began
+    return peak if sys.platform == "darwin" else peak * 1024

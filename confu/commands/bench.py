@@ -1,0 +1,123 @@
+"""confu bench, and what confu report says of its results."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Group, Parameter
+
+from confu.commands.app import INTERRUPTED, OUTPUT, TREE, Device, Dtype, Output, TargetName, Tree, app, complain
+from confu.config import BenchConfig
+from confu.questions import SPEC_BENCH, load_suite
+from confu.terminal import Stages, Terminal
+
+MEASURED = Group.create_ordered("Measurement")
+Drafts = Annotated[
+    str, Parameter(name="DRAFT", help="Drafts to measure: shipped name, folder or Hub id, or NAME=DRAFT.")
+]
+Settings = Annotated[BenchConfig, Parameter(name="*", group=MEASURED)]
+BENCH = BenchConfig()
+
+
+@app.command(
+    help_epilogue="Examples:\n\n    confu bench smollm2-135m-eagle3 smollm2-135m-confu --limit 12\n"
+    "    confu bench smollm2-135m-confu --suite questions.jsonl --sweep nodes=8,16,30 contemplate=0,4"
+)
+def bench(
+    *drafts: Drafts,
+    methods: str | None = None,
+    suite: str = SPEC_BENCH,
+    questions: Path | None = None,
+    limit: int | None = None,
+    sweep: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
+    out: Path = Path("out/bench"),
+    settings: Settings = BENCH,
+    repeats: Annotated[int, Parameter(group=MEASURED)] = 1,
+    costs: Annotated[bool, Parameter(group=MEASURED)] = False,
+    peer: Annotated[tuple[str, ...], Parameter(group=MEASURED)] = (),
+    target: TargetName = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    tree: Tree = TREE,
+    output: Output = OUTPUT,
+) -> int:
+    """Measure speed, acceptance and equality of drafts against the plain target. The same command again goes on.
+
+    Parameters
+    ----------
+    methods
+        Which to measure beside plain, by comma: lookup, names of the drafts, or a kind (eagle3, confu), which is the
+        shipped draft where none is given. Default: lookup and all given drafts.
+    suite
+        spec-bench, or a JSONL file of questions (`turns` or `prompt`).
+    questions
+        Spec-Bench's question.jsonl; without it the file is fetched once.
+    limit
+        Most questions, taken evenly from all tasks; a larger limit later adds to the same run.
+    sweep
+        Measure all combinations of tree settings, as nodes=8,16,30 contemplate=0,4.
+    out
+        Folder of results.jsonl, run.json and the report.
+    repeats
+        How often every question is asked.
+    costs
+        Measure first what forwards and drafts cost here; the report predicts speeds from it and compares.
+    peer
+        Measure another engine, too, as NAME[=PYTHON[,MODEL]]: transformers, llama.cpp, vllm or eagle3-reference, by the
+        interpreter of its environment.
+    """
+    if repeats < 1:
+        raise ValueError(f"--repeats is {repeats}; give 1 or more.")
+    if peer and settings.batch_size > 1:
+        raise ValueError("Peers answer one question at a time; leave --batch-size at 1, or --peer out.")
+    terminal = output.terminal()
+    found = load_suite(suite, questions, limit)
+    with Stages(terminal) as progress:
+        progress.wait("starting")
+        from confu.bench import describe, run_bench
+        from confu.methods import choose_drafts, load_methods, sweep_trees
+        from confu.peer import open_peers
+        from confu.round_costs import measure
+
+        wanted = [word.strip() for word in (methods or "").split(",") if word.strip()]
+        trees = sweep_trees(tree, sweep)
+        chosen, name = choose_drafts(drafts, wanted, target)
+        loaded = load_methods(chosen, name, tree, sweep=trees, dtype=dtype, device=device, progress=progress)
+        try:
+            with open_peers(peer, chosen, name, tree, loaded[0]) as (peers, skipped):
+                for sentence in skipped:
+                    terminal.complain(sentence)
+                loaded += peers
+                run = describe(found, loaded, settings, name, repeats)
+                if costs:
+                    progress("measuring costs", None)
+                    run["costs"] = measure(loaded)
+                results = run_bench(found, loaded, settings, out, run, repeats=repeats, progress=progress)
+        except KeyboardInterrupt:
+            return complain(f"interrupted; go on with: confu {shlex.join(sys.argv[1:])}", INTERRUPTED)
+    return 0 if show_results(terminal, results, results.parent) else 1
+
+
+def show_results(terminal: Terminal, path: Path, out: Path) -> bool:
+    """The report into ``out``, the table or the document on stdout; whether all answers are the target's."""
+    from confu.bench_report import write_report
+    from confu.bench_tables import conditions, document, find, overall_table, ratio_lines
+    from confu.equality import compare
+    from confu.results import read_results
+
+    results = read_results(path)
+    findings = find(results, compare(results))
+    report = write_report(findings, out)
+    if terminal.json:
+        terminal.document(**document(findings), results=str(path), report=str(report))
+    else:
+        terminal.write(f"{overall_table(findings).text()}\n")
+        for line in (*ratio_lines(findings), conditions(results)):
+            terminal.say(line, style="dim")
+        terminal.write(f"{report}\n")
+    for sentence in findings.failures:
+        terminal.complain(sentence)
+    return not findings.failures

@@ -1,0 +1,395 @@
+"""confu bench on a tiny target: its rows, its document, resuming, failing, and the sentences for bad input."""
+
+import gzip
+import json
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+from tiny_data import byte_tokenizer, taught_target, write_jsonl
+
+from confu import bench, cli
+from confu.answers import DecoderEngine
+from confu.bench import cut
+from confu.config import SamplingConfig, TrainConfig, TreeConfig
+from confu.data import Corpus
+from confu.documents import Document
+from confu.load import encode_chat, load_decoder
+from confu.methods import Draft, choose_drafts, sweep_trees
+from confu.results import read_results
+from confu.start import add_contemplation, new_eagle3
+
+QUESTIONS = [
+    {"question_id": 1, "category": "a", "turns": ["0"]},
+    {"question_id": 2, "category": "b", "turns": ["1", "again"]},
+    {"question_id": 3, "category": "a", "turns": ["2"]},
+    {"question_id": 4, "category": "b", "turns": ["3"]},
+]
+NUM_ANSWERS = 5
+SMALL = {"--max-new-tokens": "12", "--tree-nodes": "8", "--tree-depth": "3", "--tree-topk": "3", "--dtype": "float32"}
+SMALL["--target"] = "target"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a target that knows a few sentences, an eagle3 and a confu draft, and questions."""
+    home = tmp_path_factory.mktemp("home")
+    target = taught_target()
+    target.model.save_pretrained(home / "target")
+    byte_tokenizer().save_pretrained(home / "target")
+    corpus = Corpus([Document(torch.arange(200), torch.ones(200, dtype=torch.int64))], Counter(), "")
+    config = TrainConfig("confu", "out", ("x",), target="target", init="eagle3", draft_vocab_size=128)
+    torch.manual_seed(0)
+    eagle3 = new_eagle3(config, target, corpus)
+    eagle3.save(home / "eagle3")
+    add_contemplation(eagle3, config, target, corpus).save(home / "confu")
+    write_jsonl(home / "questions.jsonl", QUESTIONS)
+    return home
+
+
+@pytest.fixture(autouse=True)
+def settled(home, monkeypatch):
+    monkeypatch.chdir(home)
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def bench_run(capsys, tmp_path):
+    def call(*argv: str, suite: str = "questions.jsonl", out=tmp_path / "out") -> tuple[int, str, str]:
+        small = [word for name, value in SMALL.items() if name not in argv for word in (name, value)]
+        status = cli.run(["bench", *argv, *small, "--suite", suite, "--out", str(out)])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def measured(home, tmp_path_factory):
+    """The folder of one finished run of four methods."""
+    out = tmp_path_factory.mktemp("measured")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        small = [word for pair in SMALL.items() for word in pair]
+        suite = ["--suite", "questions.jsonl", "--out", str(out)]
+        assert cli.run(["bench", "eagle3", "confu", *small, *suite, "-q"]) == 0
+    return out
+
+
+def rows_of(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+def test_rows_hold_the_answers_of_the_engine_itself(measured):
+    rows = rows_of(measured)
+    assert len(rows) == 4 * NUM_ANSWERS
+    decoder = load_decoder("confu", dtype="float32", tree=TreeConfig(nodes=8, depth=3, topk=3))
+    sampling = SamplingConfig(max_new_tokens=12)
+    first = next(r for r in rows if (r["method"], r["question"], r["turn"]) == ("confu", "2", 0))
+    prompt = encode_chat(decoder.tokenizer, [{"role": "user", "content": "1"}])
+    assert (first["token_ids"], first["text"]) == (
+        (result := decoder.generate([prompt], sampling)[0]).token_ids,
+        result.text,
+    )
+    second = next(r for r in rows if (r["method"], r["question"], r["turn"]) == ("confu", "2", 1))
+    turns = [("user", "1"), ("assistant", first["text"]), ("user", "again")]
+    prompt = encode_chat(decoder.tokenizer, [{"role": role, "content": text} for role, text in turns])
+    assert second["token_ids"] == decoder.generate([prompt], sampling)[0].token_ids
+    assert second["prompt_tokens"] == len(prompt)
+    for row in rows:
+        assert row["num_tokens"] == len(row["token_ids"]) == 1 + sum(row["round_lengths"])
+        assert sum(row["round_accepted"]) <= sum(row["round_lengths"]) - len(row["round_lengths"]) + 1
+        parts = sum(row[f"{part}_seconds"] for part in ("prefill", "target", "draft"))
+        assert 0 < parts <= row["wall_seconds"] + 1e-5
+        assert row["peak_bytes"] > 1e6
+        assert ("top2_gaps" in row) == (row["method"] == "plain")
+        assert "messages" not in row
+        assert "prompt" not in row
+
+
+def test_gaps_are_those_of_the_plain_model(measured):
+    rows = rows_of(measured)
+    plain = next(r for r in rows if (r["method"], r["question"]) == ("plain", "3"))
+    decoder = load_decoder(None, target="target", dtype="float32")
+    prompt = encode_chat(decoder.tokenizer, [{"role": "user", "content": "2"}])
+    for place in (0, len(plain["token_ids"]) - 1):
+        ids = torch.tensor([prompt + plain["token_ids"][:place]])
+        best, second = decoder.target.model(ids).logits[0, -1].topk(2).values.tolist()
+        assert plain["top2_gaps"][place] == pytest.approx(best - second, rel=1e-3, abs=1e-4)
+    assert len(plain["top2_gaps"]) == len(plain["token_ids"])
+
+
+def test_methods_take_turns(measured):
+    order: dict[str, list[str]] = {}
+    for row in rows_of(measured):
+        if row["turn"] == 0:
+            order.setdefault(row["question"], []).append(row["method"])
+    assert list(order.values()) == [
+        ["plain", "lookup", "eagle3", "confu"],
+        ["lookup", "eagle3", "confu", "plain"],
+        ["eagle3", "confu", "plain", "lookup"],
+        ["confu", "plain", "lookup", "eagle3"],
+    ]
+
+
+def test_json_is_one_document(bench_run, measured):
+    status, out, err = bench_run("eagle3", "confu", "--json", out=measured)  # measured already
+    document = json.loads(out)
+    assert status == 0
+    assert out.count("\n") == 1
+    assert document["schema_version"] == 1
+    assert list(document["methods"]) == ["plain", "lookup", "eagle3", "confu"]
+    for name, found in document["methods"].items():
+        assert found["tokens_per_second"] > 0
+        assert found["speedup"] > 0
+        assert found["mean_acceptance_length"] >= 1
+        assert found["num_tokens"] > found["num_rounds"] > 0
+        assert (found["num_diverged"], found["num_failed"]) == (0, 0)
+        assert found["num_compared"] == (0 if name == "plain" else NUM_ANSWERS)
+    assert document["by_task"].keys() == {"a", "b"}
+    assert document["by_task"]["b"]["confu"]["num_answers"] == 3
+    assert document["tau_ratios"].keys() == {"confu / eagle3"}
+    assert document["failures"] == []
+    assert "measuring" in err
+
+
+def test_table_for_people(bench_run, measured):
+    status, out, err = bench_run("eagle3", "confu", out=measured)
+    assert status == 0
+    lines = out.splitlines()
+    assert lines[0].split() == ["method", "tokens/s", "speed-up", "95", "%", "tau", "95", "%", "differ", "failed"]
+    assert [line.split()[0] for line in lines[1:5]] == ["plain", "lookup", "eagle3", "confu"]
+    assert lines[4].split()[-4:] == ["0", "of", "5", "–"]
+    assert lines[5].endswith("report.html")
+    assert "4 questions (5 turns) of questions.jsonl" in err
+
+
+def test_run_json_tells_how_it_was_measured(measured):
+    run = json.loads((measured / "run.json").read_text())
+    assert run["methods"]["confu"]["tree"] == {"nodes": 8, "depth": 3, "topk": 3, "contemplate": None}
+    assert len(run["methods"]["confu"]["sha256"]) == len(run["questions_sha256"]) == 64
+    assert (run["dtype"], run["temperature"], run["max_new_tokens"], run["batch_size"]) == ("float32", 0.0, 12, 1)
+    assert {"cpu", "threads", "memory_bytes", "torch", "transformers", "python"} <= run["machine"].keys()
+    assert "cache" not in run["machine"]  # a folder of this machine says nothing to others
+    assert run["commits"][0].keys() == {"commit", "modified"}
+
+
+def test_a_batch_gives_the_same_answers(bench_run, measured, tmp_path):
+    assert bench_run("confu", "--methods", "confu", "--batch-size", "3", "-q")[0] == 0
+    alone = {(r["question"], r["turn"], r["method"]): r for r in rows_of(measured)}
+    together = rows_of(tmp_path / "out")
+    assert len(together) == 2 * NUM_ANSWERS
+    for row in together:
+        assert row["token_ids"] == alone[row["question"], row["turn"], row["method"]]["token_ids"]
+    first_three = [row["wall_seconds"] for row in together if row["turn"] == 0][:3]
+    assert len(set(first_three)) == 1  # equal shares of the batch's time
+
+
+def test_samples_are_tested_against_the_plain_targets(bench_run):
+    status, out, _ = bench_run("eagle3", "--methods", "eagle3", "--temperature", "1", "--repeats", "3", "--json")
+    found = json.loads(out)["methods"]
+    assert status == 0
+    assert 1e-3 < found["eagle3"]["first_token_p"] <= 1
+    assert 1e-3 < found["eagle3"]["length_p"] <= 1
+    assert found["eagle3"]["num_answers"] == 3 * NUM_ANSWERS
+
+
+def test_sweep_measures_every_tree_once(bench_run, tmp_path):
+    argv = ("eagle3", "confu", "--sweep", "nodes=4,8", "contemplate=0,2")
+    status, out, _ = bench_run(*argv, "--json", "--limit", "2")
+    assert status == 0
+    swept = ["eagle3 nodes=4", "eagle3 nodes=8"]  # contemplation is nothing to it
+    swept += [f"confu nodes={nodes} contemplate={count}" for nodes in (4, 8) for count in (0, 2)]
+    assert list(json.loads(out)["methods"]) == ["plain", "lookup", *swept]
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert 'id="sweep-speedup-title"' in page
+    assert "confu contemplate=2" in page
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["methods"]["confu nodes=4 contemplate=2"]["tree"]["nodes"] == 4
+
+
+# ---------------------------------------------------------------- failing, and going on
+
+
+def test_an_answer_that_is_not_the_targets_fails_the_run(bench_run, monkeypatch):
+    answer = DecoderEngine.answer
+
+    def wrong(self, prompts, sampling):
+        answers = answer(self, prompts, sampling)
+        if self.decoder.drafter is not None and self.decoder.drafter.name == "eagle3":
+            answers[0].token_ids[3] = 65
+        return answers
+
+    monkeypatch.setattr(DecoderEngine, "answer", wrong)
+    status, out, err = bench_run("eagle3", "--json")
+    document = json.loads(out)
+    assert status == 1
+    assert document["methods"]["eagle3"]["num_diverged"] == document["methods"]["eagle3"]["num_compared"] == 4
+    assert document["methods"]["lookup"]["num_diverged"] == 0
+    assert document["differences"][0]["position"] == 3
+    assert "eagle3: 4 answers differ from the plain target's beyond rounding; the first is question 1, turn 1" in err
+
+
+def test_a_failed_question_is_marked_and_tried_again(bench_run, monkeypatch, tmp_path):
+    generate = DecoderEngine.answer
+
+    def fail(self, prompts, sampling):
+        if ord("1") in prompts[0] and self.decoder.drafter is not None and sampling.max_new_tokens > bench.WARM_UP:
+            raise RuntimeError("out of memory\nmore")
+        return generate(self, prompts, sampling)
+
+    monkeypatch.setattr(DecoderEngine, "answer", fail)
+    status, out, _ = bench_run("--methods", "lookup", "--json")
+    assert status == 0
+    assert json.loads(out)["methods"]["lookup"]["num_failed"] == 2  # and what would have followed
+    failed = [row for row in rows_of(tmp_path / "out") if row["error"]]
+    assert [(row["question"], row["turn"], row["error"]) for row in failed] == [
+        ("2", 0, "RuntimeError: out of memory"),
+        ("2", 1, "RuntimeError: out of memory"),
+    ]
+    monkeypatch.setattr(DecoderEngine, "answer", generate)
+    _, out, _ = bench_run("--methods", "lookup", "--json")
+    assert json.loads(out)["methods"]["lookup"]["num_failed"] == 0
+    assert len(rows_of(tmp_path / "out")) == 2 * NUM_ANSWERS + 2
+
+
+def test_an_interrupted_run_goes_on(bench_run, monkeypatch, tmp_path):
+    answer, calls = DecoderEngine.answer, []
+
+    def interrupted(self, prompts, sampling):
+        calls.append(sampling.max_new_tokens)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return answer(self, prompts, sampling)
+
+    monkeypatch.setattr(DecoderEngine, "answer", interrupted)
+    status, out, err = bench_run("confu")
+    assert (status, out) == (130, "")
+    assert "interrupted; go on with: confu " in err
+    before = rows_of(tmp_path / "out")
+    assert len(before) == 4  # three calls were for warming up
+    with (tmp_path / "out" / "results.jsonl").open("a") as file:
+        file.write('{"schema_version": 1, "quest')  # a kill may leave this
+    calls[:] = [0] * 100
+    assert bench_run("confu")[0] == 0
+    after = rows_of(tmp_path / "out")
+    assert after[:4] == before
+    assert len(after) == 3 * NUM_ANSWERS + 1  # a conversation that was cut is had again
+    assert len({(r["question"], r["turn"], r["method"]) for r in after}) == 3 * NUM_ANSWERS
+
+
+def test_a_run_can_grow_by_questions_methods_and_repeats(bench_run, tmp_path):
+    assert bench_run("--methods", "plain", "--limit", "1")[0] == 0
+    assert bench_run("eagle3", "--limit", "2")[0] == 0
+    assert bench_run("eagle3", "--limit", "2", "--repeats", "2")[0] == 0
+    counted = Counter(row["method"] for row in rows_of(tmp_path / "out"))
+    assert counted == {"plain": 6, "lookup": 6, "eagle3": 6}  # two questions of three turns, twice
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (list(run["methods"]), run["repeats"]) == (["plain", "lookup", "eagle3"], 2)
+
+
+def test_other_settings_do_not_mix(bench_run, measured, home, tmp_path):
+    shutil.copytree(measured, tmp_path / "out")
+    for argv, sentence in (
+        (("eagle3", "--temperature", "0.5"), "was begun with temperature 0.0, not 0.5"),
+        (("eagle3", "--tree-depth", "2"), "already measured another lookup (lookup: tree: depth 3, not 2)"),
+        (("eagle3=confu",), "already measured another eagle3 (eagle3: kind 'eagle3', not 'confu')"),
+    ):
+        status, _, err = bench_run(*argv, "-q")
+        assert (status, err.count("\n")) == (2, 1)
+        assert sentence in err
+    assert rows_of(tmp_path / "out") == rows_of(measured)
+
+
+# ---------------------------------------------------------------- names and input
+
+
+def test_drafts_are_called_by_name_or_kind(home):
+    shutil.copytree(home / "eagle3", home / "other", dirs_exist_ok=True)
+
+    def names(given: list[str], wanted: list[str]) -> list[tuple[str, str]]:
+        drafts, target = choose_drafts(given, wanted)
+        assert target == "target"
+        return [(draft.name, draft.kind) for draft in drafts]
+
+    plain, lookup, eagle3, confu = ("plain", "plain"), ("lookup", "lookup"), ("eagle3", "eagle3"), ("confu", "confu")
+    assert names(["eagle3", "confu"], []) == [plain, lookup, eagle3, confu]
+    assert names(["eagle3", "confu", "lookup"], ["confu"]) == [plain, confu]
+    assert names(["eagle3", "other"], []) == [plain, lookup, eagle3, ("other", "eagle3")]
+    assert names(["mine=eagle3", "other"], ["mine"]) == [plain, ("mine", "eagle3")]
+    assert names(["mine=eagle3", "other"], ["eagle3"]) == [plain, ("mine", "eagle3"), ("other", "eagle3")]
+    assert choose_drafts([], ["eagle3"])[0][1] == Draft("eagle3", "eagle3", "smollm2-135m-eagle3")  # the shipped one
+
+
+def test_sweep_is_all_combinations():
+    base = TreeConfig(depth=5)
+    assert sweep_trees(base, []) == []
+    assert sweep_trees(base, ["nodes=8,16", "contemplate=0,4"]) == [
+        TreeConfig(nodes=n, depth=5, contemplate=c) for n in (8, 16) for c in (0, 4)
+    ]
+
+
+def test_answers_are_cut_alike():
+    assert cut([5, 6, 2, 7], frozenset({2}), 9) == [5, 6, 2]
+    assert cut([5, 6, 2, 7], frozenset({2}), 2) == [5, 6]
+    assert cut([5, 6], frozenset(), 9) == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["nosuch"], "draft 'nosuch' is not known"),
+        (["eagle3", "--methods", "eagel3"], "--methods names 'eagel3', which is none of them; did you mean eagle3?"),
+        (["eagle3", "--methods", "confu"], "which is none of them"),
+        (["eagle3", "plain=confu"], "Two methods are called plain"),
+        (["eagle3", "--sweep", "nods=3"], "--sweep 'nods=3' is no axis"),
+        (["eagle3", "--sweep", "nodes=3", "nodes=4"], "at most once"),
+        (["eagle3", "--sweep", "nodes=0"], "nodes is 0; give 1 or more"),
+        (["eagle3", "--repeats", "0"], "--repeats is 0"),
+        (["eagle3", "--batch-size", "0"], "batch_size is 0"),
+        (["eagle3", "--limit", "0"], "--limit is 0"),
+        (["eagle3", "--suite", "nosuch"], "--suite is 'nosuch'"),
+        (["eagle3", "--suite", "empty.jsonl"], "holds no question"),
+        (["eagle3", "--out", "questions.jsonl/x"], "cannot be written"),
+    ],
+)
+def test_bad_input_is_one_sentence(capsys, home, argv, sentence):
+    (home / "empty.jsonl").write_text("")
+    options = [] if "--suite" in argv else ["--suite", "questions.jsonl"]
+    status = cli.run(["bench", *argv, *options, "-q"])
+    out, err = capsys.readouterr()
+    assert (status, out) == (2, "")
+    assert err.startswith("confu: ")
+    assert err.count("\n") == 1
+    assert sentence in err
+
+
+def test_bad_results_are_one_sentence(measured, tmp_path):
+    def broken(name: str, **files: str):
+        folder = tmp_path / name
+        shutil.copytree(measured, folder)
+        for file, text in files.items():
+            (folder / file.replace("_", ".")).write_text(text)
+        return folder / "results.jsonl"
+
+    for path, sentence in (
+        (tmp_path / "results.jsonl", "give the results.jsonl of `confu bench`"),
+        (broken("old", run_json='{"schema_version": 0}'), "has schema_version 0, but this version reads 1"),
+        (broken("none", run_json="{"), "cannot be read"),
+        (broken("empty", results_jsonl=""), "holds no row yet"),
+        (broken("other", results_jsonl='{"schema_version": 1}\n'), "line 1 is no row of a benchmark"),
+        (broken("newer", results_jsonl='{"schema_version": 2}\n'), "has schema_version 2"),
+        (broken("noise", results_jsonl="\x00\n"), "line 1 is no row of a benchmark"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            read_results(path)
+
+
+def test_compressed_results_are_read(measured, tmp_path):
+    shutil.copy(measured / "run.json", tmp_path)
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress((measured / "results.jsonl").read_bytes()))
+    assert read_results(tmp_path / "rows.jsonl.gz") == read_results(measured / "results.jsonl")

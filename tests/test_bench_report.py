@@ -1,0 +1,167 @@
+"""The report of a benchmark: the same numbers in page and Markdown, charts to scale, and a page that fits a browser."""
+
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ET
+
+import pytest
+from made_rows import TREE, results, row
+from test_report import SVG, Page
+
+from confu.bench_charts import draw
+from confu.bench_report import write_report
+from confu.bench_tables import document, find
+from confu.chart import Bars, bar_chart
+from confu.equality import compare
+
+PIECES = [
+    {"text": "The", "drafted": False, "rejected": ""},
+    {"text": " <sky>", "drafted": True, "rejected": ""},
+    {"text": " is", "drafted": False, "rejected": " was\nblue"},
+]
+
+
+def made(*, task_rows: int = 3, **options):
+    """A run of four methods over three tasks; one answer of eagle3 parts beyond rounding, one of confu at a tie."""
+    rows = []
+    for number in range(task_rows):
+        for task in ("translation", "question answering", "conversation & more"):
+            question = f"{task}-{number}"
+            common = {"task": task, "text": "It rains."}
+            gaps = {"top2_gaps": [1.0, 2e-4, 0.5, 1.0, 1.0, 1.0, 1.0]}
+            rows.append(row("plain", question, 4.0 + number, [1] * 6, **common, **gaps))
+            rows.append(row("eagle3", question, 2.0 + number, [2, 3, 1], **common, pieces=PIECES))
+            rows.append(row("confu", question, 1.5, [3, 3], **common, pieces=PIECES))
+            rows.append(row("peer", question, 3.0, [], **common, num_tokens=7, token_ids=[*range(7)]))
+    rows[1] |= {"token_ids": [0, 1, 9, 3], "text": "It pours."}
+    rows[2] |= {"token_ids": [0, 9, 2, 3], "text": "It <b>snows."}
+    run = results(rows, **options)
+    return find(run, compare(run))
+
+
+def test_page_and_markdown_show_the_same_numbers(tmp_path):
+    findings = made()
+    html = write_report(findings, tmp_path / "new" / "folder")
+    text = html.read_text(encoding="utf-8")
+    page, markdown = Page(text), (html.parent / "report.md").read_text(encoding="utf-8")
+    assert html.name == "report.html"
+    assert len(set(page.ids)) == len(page.ids)
+    assert page.outside == []  # no network
+    assert "<script" not in text
+    for caption, rows in page.tables.items():
+        assert caption == "All tasks" or f"## {caption}" in markdown
+        for cells in rows:
+            assert f"| {' | '.join(cells)} |" in markdown
+    header, plain, eagle3, confu, peer = page.tables["All tasks"]
+    # 9 answers of 7 tokens: 45 s plain, 27 s eagle3, 13.5 s confu
+    assert (plain[:3], eagle3[:3], confu[:3]) == (
+        ["plain", "1.4", "1.00"],
+        ["eagle3", "2.3", "1.67"],
+        ["confu", "4.7", "3.33"],
+    )
+    assert (eagle3[4], confu[4], peer[4]) == ("2.00", "3.00", "–")
+    assert [cells[header.index("differ")] for cells in (plain, eagle3, confu)] == ["–", "1 of 9", "1 of 9 (1 ties)"]
+    assert "tau of confu over tau of eagle3, same tree: 1.500" in markdown
+    assert "eagle3: 1 answers differ from the plain target&#x27;s beyond rounding" in text
+
+
+def test_tokens_and_differences_are_shown_escaped(tmp_path):
+    text = write_report(made(), tmp_path).read_text(encoding="utf-8")
+    assert '<span class="accepted"> &lt;sky&gt;</span>' in text
+    assert '<span class="rejected"> was↵blue</span><span class="own"> is</span>' in text
+    assert text.count("question conversation &amp; more-0: 7 tokens") == 1
+    assert "<mark>&lt;b&gt;snows.</mark>" in text
+    first, second = re.findall(r"<summary>(\w+, translation.*? from token .*?)</summary>", text)
+    assert "from token 3 on, top-2 gap 0.5 (MISTAKE)" in first  # before the tie
+    assert "from token 2 on, top-2 gap 0.0002 (rounding tie)" in second
+
+
+def test_good_runs_say_so(tmp_path):
+    rows = [row("plain", "a1", 2.0, [1, 1], top2_gaps=[1.0] * 3), row("confu", "a1", 1.0, [2])]
+    for options, sentence in (
+        ({}, "All 1 answers are the plain target's, token for token."),
+        ({"temperature": 1.0}, "At no method do samples differ"),
+        ({"dtype": "bfloat16"}, "0 of 1 answers part from the plain target's in bfloat16 (0%)"),
+    ):
+        run = results(rows, **options)
+        write_report(find(run, compare(run)), tmp_path)
+        assert sentence in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_document_counts_differences():
+    found = document(made())
+    assert (
+        found["methods"]["confu"] | {"num_diverged": 1, "num_ties": 1, "num_compared": 9} == found["methods"]["confu"]
+    )
+    assert list(found["by_task"]) == ["translation", "question answering", "conversation & more"]
+    assert len(found["differences"]) == 2
+
+
+def test_sweep_draws_speed_over_the_setting_of_most_values():
+    def swept(nodes: int, contemplate: int) -> dict:
+        tree = TREE | {"nodes": nodes, "contemplate": contemplate}
+        return {"kind": "confu", "engine": "confu", "tree": tree, "swept": "confu"}
+
+    points = {f"n{n} c{c}": swept(n, c) for n in (4, 8, 16) for c in (0, 2)}
+    rows = [row("plain", "a1", 8.0, [1] * 7)]
+    rows += [row(name, "a1", 64 / facts["tree"]["nodes"], [4, 3]) for name, facts in points.items()]
+    run = results(rows, **points)
+    findings = find(run, {})
+    charts = draw(findings)
+    speed = ET.fromstring(charts["sweep-speedup"])
+    assert [t.text for t in speed.findall(".//svg:text", SVG) if t.get("class") is None] == [
+        "confu contemplate=0",
+        "confu contemplate=2",
+    ]
+    assert "from 0.5 at 4 to 2 at 16" in speed.find("svg:desc", SVG).text
+    shown = ET.fromstring(charts["speedup"]).find("svg:desc", SVG).text
+    assert "n16 c0 2.00" in shown  # the fastest tree stands for its draft
+    assert "n4" not in shown
+
+
+# ---------------------------------------------------------------- bars
+
+
+def test_bars_are_to_scale():
+    bars = [Bars("a", [2.0, 1.0], [(1.0, 3.0), None]), Bars("b", [None, 4.0])]
+    root = ET.fromstring(bar_chart("k", "Speed", "x", ["one", "two"], bars, mark=1.0))
+    widths = [float(r.get("width")) for r in root.findall("svg:rect", SVG)]
+    mark = float(root.find("svg:line[@class='mark']", SVG).get("x1"))
+    assert widths[:3] == pytest.approx([2 * mark, mark, 4 * mark], abs=0.15)
+    whisker = root.find("svg:path[@class='whisker']", SVG).get("d")
+    low, high = re.match(r"M([\d.]+) [\d.]+H([\d.]+)", whisker).groups()
+    assert (float(low), float(high)) == pytest.approx((mark, 3 * mark), abs=0.15)
+    assert root.find("svg:desc", SVG).text == "x. one: a 2.00; two: a 1.00, b 4.00."
+
+
+def test_stacked_bars_follow_one_another():
+    root = ET.fromstring(bar_chart("k", "Time", "ms", ["m"], [Bars("a", [1.0]), Bars("b", [3.0])], stacked=True))
+    first, second, *_ = root.findall("svg:rect", SVG)
+    assert float(second.get("x")) == float(first.get("width"))
+    assert float(second.get("width")) == pytest.approx(3 * float(first.get("width")), abs=0.15)
+    assert "4.00" in [t.text for t in root.findall("svg:text", SVG)]
+
+
+# ---------------------------------------------------------------- a browser
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_page_fits_a_browser(tmp_path, width):
+    """Nothing but a table, which scrolls by itself, is wider than the window; and a screenshot for whoever looks."""
+    page = write_report(made(), tmp_path)
+    text = page.read_text(encoding="utf-8")
+    told = "<script>parent.document.title = [innerWidth, document.documentElement.scrollWidth].join()</script></body>"
+    page.write_text(text.replace("</body>", told), encoding="utf-8")
+    frame = tmp_path / "frame.html"  # a window has a least width, a frame has not
+    frame.write_text(
+        f'<title></title><iframe src="report.html" width="{width}" height="3000" frameborder="0"></iframe>'
+    )
+    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    command += [f"--user-data-dir={tmp_path / 'browser'}", f"--window-size={width + 100},3000"]
+    command += [f"--screenshot={tmp_path / 'page.png'}", "--dump-dom", frame.as_uri()]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    window, content = re.search(r"<title>(\d+),(\d+)</title>", run.stdout).groups()
+    assert (int(window), int(content)) == (width, width)
+    assert (tmp_path / "page.png").stat().st_size > 20_000
