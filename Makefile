@@ -11,10 +11,10 @@ PROMPT ?= A train covers 310 km in 2 hours and 35 minutes. What is its average s
 DEMO := --dtype float32 --tree-nodes 12 --tree-depth 4 --tree-topk 6 --contemplate 4 --max-new-tokens 160
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test clean
+.PHONY: help setup demo test test-vllm clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMP)  ## install everything, pinned, into .venv
 	@:
@@ -35,6 +35,9 @@ test: setup  ## lint, format check, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
 	@$(BIN)/python -m pytest
+
+test-vllm: setup  ## let vLLM serve an exported draft, in an environment of its own, and compare it with ours
+	$(BIN)/python benchmarks/engine_vllm.py
 
 clean:  ## remove the environment and all caches of the checkout
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
