@@ -48,7 +48,7 @@ def test_greedy_answers_are_the_plain_models(plain, draft, least_tau):
 @pytest.mark.parametrize("draft", ["smollm2-135m-eagle3", "smollm2-135m-confu"])
 def test_shipped_drafts_fit_the_package(draft):
     folder = Path(confu.__file__).parent / "drafts" / draft
-    assert (folder / "model.safetensors").stat().st_size <= 25_000_000
+    assert (folder / "model.safetensors").stat().st_size <= 30_000_000
     provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
     assert provenance["commit"]
     assert provenance["data_sha256"]
