@@ -82,6 +82,7 @@ class Assistant:
             positions.expand(-1, num_rows),
             cache.row_mask(reach, with_soft=False),
             cache,
+            self.model.feature_layers,
             num_logits=num_rows,
         )
         return logits.log_softmax(dim=-1)

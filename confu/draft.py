@@ -106,30 +106,37 @@ class DraftModel(nn.Module):
         """g = W_fc h: target features to draft width. Never applied to the draft's own recycled state."""
         return self.fc(features)
 
-    def ahead(self, future: Float[Tensor, "... D4"] | None) -> Float[Tensor, "... Df"] | None:
-        """What accompanies the rows that f serves (0 where it serves none), from its normed states: W_f (input), or
-        all W_j side by side (head). None for every other draft."""
-        if future is None or self.contemplation is None or not self.config.future_is("input", "head"):
+    def third_input(self, future: Float[Tensor, "... D4"] | None) -> Float[Tensor, "... D"] | None:
+        """W_f f of the rows that f serves (0 where it serves none); None but in form ``input``."""
+        if future is None or self.contemplation is None or not self.config.future_is("input"):
             return None
+        return self.contemplation.future_fc(self._normed_states(future))
+
+    def look(self, future: Float[Tensor, "... D4"] | None) -> Float[Tensor, "... SD"] | None:
+        """All W_j f side by side, of the rows that f serves (0 where it serves none); None but in form ``head``."""
+        if future is None or self.contemplation is None or not self.config.future_is("head"):
+            return None
+        return nn.functional.linear(self._normed_states(future), self.contemplation.future_heads.flatten(0, 1))
+
+    def _normed_states(self, future: Float[Tensor, "... D4"]) -> Float[Tensor, "... D3"]:
+        """Mid, high and final state, each divided by its root mean square."""
         states = future.unflatten(-1, (4, -1))[..., 1:, :].float()
         states = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + self.config.rms_norm_eps)
-        states = states.flatten(-2).to(future.dtype)
-        if self.config.future_is("input"):
-            return self.contemplation.future_fc(states)
-        return nn.functional.linear(states, self.contemplation.future_heads.flatten(0, 1))
+        return states.flatten(-2).to(future.dtype)
 
     def row(
         self,
         embedding: Float[Tensor, "... D"],
         hidden: Float[Tensor, "... D"],
-        ahead: Float[Tensor, "... Df"] | None = None,
+        third: Float[Tensor, "... D"] | None = None,
     ) -> Float[Tensor, "... Dn"]:
         """Input of the attention projections: normed embedding first, normed hidden second, in form ``input`` the
         normed W_f f third (zero when there is none)."""
         layer = self.midlayer
         parts = [layer.input_layernorm(embedding), layer.hidden_norm(hidden)]
         if self.config.future_is("input"):
-            parts.append(torch.zeros_like(parts[1]) if ahead is None else layer.future_norm(ahead))
+            none = torch.zeros_like(parts[1])
+            parts.append(none if third is None else layer.future_norm(third).expand_as(none))
         return torch.cat(parts, dim=-1)
 
     def queries(self, row: Float[Tensor, "B R Dn"], positions: Int[Tensor, "B R"]) -> Float[Tensor, "B H R head"]:
@@ -162,21 +169,21 @@ class DraftModel(nn.Module):
         return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
     def read(
-        self, out: Float[Tensor, "B R D"], ahead: Float[Tensor, "B R Df"] | None, steps: Int[Tensor, "B R"]
+        self, out: Float[Tensor, "B R D"], looked: Float[Tensor, "B Rf SD"] | None, steps: Int[Tensor, "B R"]
     ) -> Float[Tensor, "B R D"]:
         """What the head reads of the layer's output: norm(out), plus W_j f in form ``head``. ``steps`` is j: steps
         since the row, and rows since the anchor of its f; the last W serves all that lie further on."""
         normed = self.norm(out)
-        if ahead is None or not self.config.future_is("head"):
+        if looked is None:
             return normed
-        looked = ahead.unflatten(-1, (self.config.future_steps, -1))  # [B, R, S, D]
+        by_place = looked.unflatten(-1, (self.config.future_steps, -1)).expand(-1, out.shape[1], -1, -1)  # [B, R, S, D]
         index = steps.clamp(max=self.config.future_steps - 1)[..., None, None]
-        return normed + looked.gather(2, index.expand(-1, -1, 1, looked.shape[3]))[:, :, 0]
+        return normed + by_place.gather(2, index.expand(-1, -1, 1, out.shape[2]))[:, :, 0]
 
     def logits(
-        self, out: Float[Tensor, "B R D"], ahead: Float[Tensor, "B R Df"] | None, steps: Int[Tensor, "B R"]
+        self, out: Float[Tensor, "B R D"], looked: Float[Tensor, "B Rf SD"] | None, steps: Int[Tensor, "B R"]
     ) -> Float[Tensor, "B R U"]:
-        return self.lm_head(self.read(out, ahead, steps))
+        return self.lm_head(self.read(out, looked, steps))
 
     def set_vocabulary(self, token_ids: Int[Tensor, " U"]) -> None:
         """Take these target ids, sorted ascending, as the draft vocabulary."""

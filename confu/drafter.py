@@ -78,11 +78,12 @@ def check_fit(config: DraftConfig, target: Target) -> None:
 
 class TreeState:
     """KV cache of the draft layer (soft slot 0 holds what f adds there), the root row's output, from which trees grow,
-    what of f accompanies all rows of the tree, and how far f's anchor lies before the root row."""
+    what all rows of the tree read of f, and how far f's anchor lies before the root row."""
 
     def __init__(self, cache: KVCache, root: Tensor, out: Tensor) -> None:
         self.cache, self.root, self.out = cache, root, out
-        self.ahead: Tensor | None = None  # [B, 1, Df]
+        self.third: Tensor | None = None  # [B, 1, D]
+        self.looked: Tensor | None = None  # [B, 1, S D]
         self.lag = torch.zeros_like(root)[:, None]  # [B, 1]
         self.has_slot = False
 
@@ -96,7 +97,8 @@ class TreeState:
     def select(self, sequences: list[int]) -> None:
         self.cache.select(sequences)
         self.root, self.out = self.root[sequences], self.out[sequences]
-        self.ahead = self.ahead[sequences] if self.ahead is not None else None
+        self.third = self.third[sequences] if self.third is not None else None
+        self.looked = self.looked[sequences] if self.looked is not None else None
         self.lag = self.lag[sequences]
 
 
@@ -145,9 +147,10 @@ class TreeDrafter:
             anchor = accepted.anchors.gather(1, last)
             slot = draft.future_slot(take(accepted.future, last), take(fused, anchor), positions.gather(1, anchor))
             cache.write_soft(slot[0][None], slot[1][None])
-        ahead = draft.ahead(accepted.future)
-        row = draft.row(self.target.embed(following), fused, ahead)
-        state.ahead = take(ahead, last) if ahead is not None else None
+        third = draft.third_input(accepted.future)
+        row = draft.row(self.target.embed(following), fused, third)
+        state.third = take(third, last) if third is not None else None
+        state.looked = draft.look(take(accepted.future, last) if accepted.future is not None else None)
 
         cache.open_rows(num_rows, with_soft=state.has_slot)
         keys, values = cache.update(*draft.keys_values(row, positions), 0)
@@ -193,7 +196,7 @@ class TreeDrafter:
         """One draft forward over the frontier: its rows see the prefix, their own ancestors, themselves and f."""
         draft, cache = self.draft, state.cache
         width = hidden.shape[1]
-        row = draft.row(self.target.embed(frontier.tokens), hidden, self._ahead(state, width))
+        row = draft.row(self.target.embed(frontier.tokens), hidden, state.third)
         cache.open_rows(width, offset=reach.shape[2] - width, with_soft=state.has_slot)
         keys, values = cache.update(*draft.keys_values(row, positions), 0)
         attended = attend(draft.queries(row, positions), keys, values, self._mask(state, reach))
@@ -205,7 +208,4 @@ class TreeDrafter:
 
     def _log_probs(self, state: TreeState, out: Float[Tensor, "B R D"], step: int) -> Float[Tensor, "B R U"]:
         steps = (state.lag + step).expand(-1, out.shape[1])
-        return self.draft.logits(out, self._ahead(state, out.shape[1]), steps).float().log_softmax(dim=-1)
-
-    def _ahead(self, state: TreeState, num_rows: int) -> Tensor | None:
-        return state.ahead.expand(-1, num_rows, -1) if state.ahead is not None else None
+        return self.draft.logits(out, state.looked, steps).float().log_softmax(dim=-1)

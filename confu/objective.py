@@ -192,7 +192,7 @@ def contemplate(
         ],
         dim=2,
     )
-    return target.forward_rows(con, anchors.position + 1, mask, prefix, num_logits=0)[1]
+    return target.forward_rows(con, anchors.position + 1, mask, prefix, target.future_layers, num_logits=0)[1]
 
 
 def unroll(
@@ -206,8 +206,9 @@ def unroll(
     """What the head reads of each of the K unrolled steps. Step k attends step-0 keys up to its row, the keys that its
     own row left in steps 1..k, and the key that its f adds: all but the first kind are one key per row."""
     fused = draft.fuse(features)  # [B, T, D]
-    ahead = draft.ahead(future.of_rows()) if future is not None else None
-    row0 = draft.row(target.embed(tokens.roll(-1, dims=1)), fused, ahead)
+    told = future.of_rows() if future is not None else None  # [B, T, 4D]
+    third = draft.third_input(told)
+    row0 = draft.row(target.embed(tokens.roll(-1, dims=1)), fused, third)
     place = torch.arange(tokens.shape[1], device=tokens.device)
     keys0, values0 = draft.keys_values(row0, place.expand(tokens.shape))
 
@@ -219,17 +220,18 @@ def unroll(
         own.append((keys.gather(2, index), values.gather(2, index), served_by >= 0))
 
     hidden, read = take(fused, rows.index), []
-    ahead = take(ahead, rows.index) if ahead is not None else None
+    third = take(third, rows.index) if third is not None else None
+    looked = draft.look(take(told, rows.index) if told is not None else None)
     lags = future.anchors.lags().gather(1, rows.index) if future is not None else torch.zeros_like(rows.index)
     for step in range(len(rows.supervised)):
         following = tokens.gather(1, (rows.index + 1 + step).clamp(max=tokens.shape[1] - 1))
-        row = draft.row(target.embed(following), hidden, ahead)
+        row = draft.row(target.embed(following), hidden, third)
         positions = rows.index + step
         if step > 0:
             own.append((*draft.keys_values(row, positions), None))
         attended = attend_merged(draft.queries(row, positions), keys0, values0, rows.index, own)
         hidden = draft.finish(hidden, attended)
-        read.append(draft.read(hidden, ahead, lags + step))
+        read.append(draft.read(hidden, looked, lags + step))
     return read
 
 

@@ -62,6 +62,11 @@ class Target:
         self.eager = config._attn_implementation == "eager"
 
     @property
+    def future_layers(self) -> tuple[int, int, int, int]:
+        """The feature layers, and the last one's output: what a future prediction is made of."""
+        return (*self.feature_layers, self.num_layers)
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
@@ -126,9 +131,9 @@ class Target:
             causal = torch.ones(num_rows, num_rows, dtype=torch.bool, device=self.device).tril()
             mask = cache.row_mask(causal.expand(len(counts), -1, -1), with_soft=False)
         positions = cache.lengths_tensor()[:, None] + torch.arange(num_rows, device=self.device)
-        _, states = self.forward_rows(self.embed(tokens), positions, mask, cache, num_logits=0)
+        _, features = self.forward_rows(self.embed(tokens), positions, mask, cache, self.feature_layers, num_logits=0)
         cache.advance(counts)
-        return states[..., : 3 * self.hidden_size]
+        return features
 
     def verify(
         self,
@@ -150,8 +155,10 @@ class Target:
         if contemplation is None or num_con == 0:
             cache.open_rows(num_nodes)
             mask = cache.row_mask(tree.ancestors, with_soft=False)
-            logits, states = self.forward_rows(embeddings, positions, mask, cache, num_logits=num_nodes)
-            return Verified(logits, states[..., : 3 * self.hidden_size], None, None)
+            logits, features = self.forward_rows(
+                embeddings, positions, mask, cache, self.feature_layers, num_logits=num_nodes
+            )
+            return Verified(logits, features, None, None)
 
         assert router_state is not None
         con_nodes = tree.most_probable(num_con)
@@ -165,6 +172,7 @@ class Target:
             torch.cat([positions, con_positions], dim=1),
             cache.row_mask(rows, with_soft=is_con),
             cache,
+            self.future_layers,
             num_logits=num_nodes,
         )
         features = states[:, :num_nodes, : 3 * self.hidden_size]
@@ -174,7 +182,7 @@ class Target:
         self, tokens: Int[Tensor, "B T"], cache: KVCache | None
     ) -> tuple[Float[Tensor, "B T D3"], Float[Tensor, "B T D"]]:
         """Training: features and final states of whole sequences, without gradient; fills an empty ``cache``."""
-        layers = [*self.feature_layers, self.num_layers]
+        layers = self.future_layers
         if cache is not None:
             cache.open_rows(tokens.shape[1])
         with torch.no_grad():
@@ -182,7 +190,7 @@ class Target:
                 input_ids=tokens,
                 past_key_values=cache,
                 use_cache=cache is not None,
-                output_hidden_states=layers,
+                output_hidden_states=list(layers),
                 logits_to_keep=torch.arange(0, device=tokens.device),
             )
         if cache is not None:
@@ -221,19 +229,19 @@ class Target:
         positions: Int[Tensor, "B R"],
         mask: Bool[Tensor, "B R K"] | None,
         cache: KVCache | PrefixCache,
+        layers: tuple[int, ...],
         *,
         num_logits: int,
-    ) -> tuple[Float[Tensor, "B num_logits V"], Float[Tensor, "B R D4"]]:
-        """The model's own forward; logits (float32) of the first ``num_logits`` rows, captured low, mid, high and final
-        states of all rows."""
-        layers = [*self.feature_layers, self.num_layers]
+    ) -> tuple[Float[Tensor, "B num_logits V"], Float[Tensor, "B R Dlayers"]]:
+        """The model's own forward; logits (float32) of the first ``num_logits`` rows, captured states of all rows:
+        h for ``feature_layers``, f for ``future_layers``."""
         out = self.model(
             inputs_embeds=embeddings,
             position_ids=positions,
             attention_mask=self._attention_mask(mask, cache) if mask is not None else None,
             past_key_values=cache,
             use_cache=True,
-            output_hidden_states=layers,
+            output_hidden_states=list(layers),
             logits_to_keep=torch.arange(num_logits, device=embeddings.device),
         )
         return out.logits.float(), torch.cat([out.hidden_states[layer] for layer in layers], dim=-1)
