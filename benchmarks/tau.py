@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ import transformers
 
 from confu.config import SamplingConfig, TreeConfig
 from confu.generate import Decoder
+from confu.info import checkout
 from confu.load import encode_chat, load_decoder
 from confu.stats import Stats
 from confu.target import Target, Verified
@@ -100,15 +100,13 @@ def mislead(target: Target, how: str) -> None:
 
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
-
+    commit, dirty = checkout(".")
     return {
         **{k: v for k, v in vars(args).items() if k not in ("prompts", "out", "drafts", "device")},
         "drafts": [draft.partition("=")[0] for draft in args.drafts],
         "prompts_sha256": hashlib.sha256(Path(args.prompts).read_bytes()).hexdigest(),
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "confu")),
+        "commit": commit,
+        "dirty": dirty,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.device}",
         "python": platform.python_version(),
         "torch": torch.__version__,

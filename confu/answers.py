@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from confu.config import SamplingConfig
 from confu.generate import Decoder, Result
+from confu.memory import forget_peak, peak_bytes
 from confu.stats import Stats
 
 
@@ -52,9 +50,9 @@ class DecoderEngine:
 
     def answer(self, prompts: Sequence[list[int]], sampling: SamplingConfig) -> list[Answer]:
         stats, device = Stats(), self.decoder.target.device
-        _forget_peak(device)
+        forget_peak(device)
         results = self.decoder.generate(prompts, sampling, stats=stats)
-        peak_bytes, size = _peak_bytes(device), len(results)
+        peak, size = peak_bytes(device), len(results)
         return [
             Answer(
                 result.token_ids,
@@ -64,7 +62,7 @@ class DecoderEngine:
                 draft_seconds=stats.draft_seconds / size,
                 round_lengths=stats.round_lengths[row],
                 round_accepted=stats.round_accepted[row],
-                peak_bytes=peak_bytes,
+                peak_bytes=peak,
                 pieces=self._pieces(result),
             )
             for row, result in enumerate(results)
@@ -86,23 +84,3 @@ class DecoderEngine:
         logits = model(ids, logits_to_keep=len(answer)).logits[0].float()
         best, second = logits.topk(2).values.unbind(1)
         return [float(f"{gap:.4g}") for gap in (best - second).tolist()]
-
-
-def _forget_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        with suppress(OSError):  # where that is forbidden, peaks are those since the process began
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # since the process began
-    return peak if sys.platform == "darwin" else peak * 1024

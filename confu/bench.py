@@ -7,8 +7,6 @@ the later turns follow the method's own answers. What the rows mean is in docs/b
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from confu.answers import Answer, DecoderEngine
 from confu.config import BenchConfig, SamplingConfig
-from confu.conversations import draw_seed
-from confu.info import environment
+from confu.conversations import draw_seed, failure
+from confu.info import checkout, environment
 from confu.load import encode_chat, encode_raw
 from confu.methods import Method
 from confu.models import Progress
@@ -66,7 +64,7 @@ def describe(suite: Suite, methods: Sequence[Method], config: BenchConfig, targe
     """What run.json says: all that decides the answers, and what they were measured on."""
     plain = methods[0].engine
     assert isinstance(plain, DecoderEngine)
-    machine = environment()
+    machine, (commit, modified) = environment(), checkout(".")
     for of_no_matter in ("cache", "default_target", "shipped_drafts"):
         machine.pop(of_no_matter)
     return {
@@ -80,7 +78,7 @@ def describe(suite: Suite, methods: Sequence[Method], config: BenchConfig, targe
         **dataclasses.asdict(config),
         "methods": {method.name: method.facts for method in methods},
         "machine": machine | {"threads": torch.get_num_threads()},
-        "commits": [_commit()],
+        "commits": [{"commit": commit, "modified": modified}],
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -121,8 +119,7 @@ class _Bench:
                 for question, prompt, answer in zip(able, prompts, answers, strict=True):
                     measured[question.id] = self._measured(question, method, repeat, prompt, answer)
             except Exception as error:  # of the tokenizer's template, the context's length, memory, a peer ...
-                reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-                failed |= {question.id: reason for question in able}
+                failed |= {question.id: failure(error) for question in able}
             for question in asked:
                 row: Row = {"question": question.id, "task": question.task, "turn": turn, "method": method.name}
                 row |= {"repeat": repeat, "error": failed.get(question.id)}
@@ -166,13 +163,3 @@ class _Bench:
             temperature=self.config.temperature,
             seed=draw_seed(self.config.seed, name, turn),
         )
-
-
-def _commit() -> dict[str, Any]:
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-    if shutil.which("git") is None:
-        return {"commit": None, "modified": False}
-    return {"commit": git("rev-parse", "HEAD") or None, "modified": bool(git("status", "--porcelain", "."))}

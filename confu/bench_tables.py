@@ -8,9 +8,9 @@ from typing import Any
 
 from confu.equality import Comparison, Difference, failures
 from confu.metrics import Interval, Summary, summarise, tasks_of, tau_ratio
+from confu.page import NONE, number
 from confu.results import OURS, PLAIN, Results
 
-NONE = "–"
 SHAPE = ("nodes", "depth", "topk")
 
 
@@ -230,10 +230,6 @@ def verdict(results: Results, difference: Difference) -> str:
     if results.run["methods"][difference.method]["engine"] != OURS:
         return "another engine"
     return "MISTAKE" if results.run["dtype"] == "float32" else f"beyond a tie of float32; {results.run['dtype']} rounds"
-
-
-def number(value: float | None, digits: int) -> str:
-    return NONE if value is None or value != value else f"{value:,.{digits}f}"
 
 
 def span(interval: Interval) -> str:

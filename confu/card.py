@@ -13,16 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from confu.config import CONFU_SETTINGS
 from confu.info import draft_info
 from confu.models import DEFAULT_TARGET
 from confu.report import read_metrics
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DEFAULT_TARGET_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the GGUF file of the default target was made from
-FUTURE_SETTINGS = (
-    *("lr_prompts", "lr_experts", "num_soft_prompts", "num_experts", "top_experts", "replication"),
-    *("max_router_lag", "future_form"),
-)
 EVALUATION = "eval"  # how the names of settings begin that say how tau is measured
 WHAT = {
     "eagle3": "an EAGLE-3 draft, one decoder layer that reads three hidden states of the target",
@@ -173,7 +170,7 @@ def _results(run: Path | None, origin: Mapping[str, Any]) -> str:
 def _training(origin: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     if not recipe:
         return ""
-    without_effect = FUTURE_SETTINGS if recipe.get("method") == "eagle3" else ()
+    without_effect = CONFU_SETTINGS if recipe.get("method") == "eagle3" else ()
     lines = [
         f"{key} = {_toml(value)}"
         for key, value in recipe.items()

@@ -206,18 +206,11 @@ class DraftConfig:
         return self.method == "confu" and self.future_form in forms
 
 
-CONFU_SETTINGS = [
-    "num_soft_prompts",
-    "num_experts",
-    "top_experts",
-    "replication",
-    "max_router_lag",
-    "lr_prompts",
-    "lr_experts",
-]
+CONFU_SETTINGS = (
+    *("num_soft_prompts", "num_experts", "top_experts", "replication", "max_router_lag", "future_form"),
+    *("lr_prompts", "lr_experts"),
+)
 """Fields of a recipe that an eagle3 run does not read."""
-
-
 EVAL_SETTINGS = ("eval_prompts", "eval_limit", "eval_tokens", "eval_nodes", "eval_depth", "eval_topk")
 
 

@@ -120,6 +120,11 @@ def _answered(conversation: Conversation, answers: Sequence[Answer]) -> list[Mes
     return [message for turn, answer in said for message in (*turn, {"role": "assistant", "content": answer.text})]
 
 
+def failure(error: Exception) -> str:
+    """Why there is no answer, as rows say it."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
 def draw_seed(seed: int, name: str, turn: int) -> int:
     """A seed of 31 bits, all that every server takes."""
     return _hash(f"{seed}/{name}/{turn}") >> 33

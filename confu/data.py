@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from confu.config import TrainConfig
 from confu.documents import Document, read_documents
 from confu.draft import DraftModel
 from confu.rows import Progress, Rows
@@ -62,6 +63,18 @@ def read_corpus(
     rows, skipped = Rows(files, progress), Counter()
     documents = list(read_documents(rows, tokenizer, max_length=max_length, skipped=skipped))
     return Corpus(documents, skipped, rows.fingerprint)
+
+
+def recipe_corpus(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, progress: Callable[[str, float | None], None]
+) -> Corpus:
+    """The data that a recipe names."""
+    return read_corpus(
+        config.data,
+        tokenizer,
+        max_length=config.max_length,
+        progress=lambda fraction: progress("tokenising", fraction),
+    )
 
 
 def check_vocabulary(draft: DraftModel, corpus: Corpus) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -266,6 +267,11 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 def load_draft_config(folder: str | Path) -> DraftConfig:
     """Read and check a draft's ``config.json``; ValueError with one sentence when it is missing or wrong."""
+    return from_dict(DraftConfig, read_settings(folder), source=str(Path(folder) / "config.json"))
+
+
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """What the ``config.json`` of a draft's folder holds, of whatever tool; ValueError when that is no JSON object."""
     path = Path(folder) / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -275,7 +281,7 @@ def load_draft_config(folder: str | Path) -> DraftConfig:
         raise ValueError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}, not a JSON object of settings.")
-    return from_dict(DraftConfig, values, source=str(path))
+    return values
 
 
 def _check_keys(weights: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:

@@ -8,7 +8,6 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ class Evaluator:
             tokens_seen,
             round(tree.mean_acceptance_length, 4),
             round(chain.mean_acceptance_length, 4),
-            [round(rate, 4) for rate in conditional_acceptance(chain)],
+            [round(rate, 4) for rate in chain.conditional_acceptance],
             len(self.prompts),
             round(time.perf_counter() - began, 1),
         )
@@ -85,11 +84,6 @@ class Evaluator:
 def served(draft: DraftModel, target: Target) -> DraftModel:
     """A copy with the weights that a decoder would load: saved in bfloat16, then in the target's dtype."""
     return copy.deepcopy(draft).to(torch.bfloat16).to(target.dtype).eval()
-
-
-def conditional_acceptance(stats: Stats) -> list[float]:
-    """Acceptance at each depth, given that all above it were accepted."""
-    return [deeper / above for above, deeper in pairwise([1.0, *stats.acceptance_per_depth])]
 
 
 def held_out_prompts(

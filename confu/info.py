@@ -7,6 +7,8 @@ import json
 import math
 import os
 import platform
+import shutil
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,19 @@ def environment() -> dict[str, Any]:
         "default_target": DEFAULT_TARGET,
         "shipped_drafts": sorted(config.parent.name for config in SHIPPED_DRAFTS.glob("*/config.json")),
     }
+
+
+def checkout(*paths: str) -> tuple[str | None, bool]:
+    """Commit of the checkout that this package runs from, and whether something is uncommitted there (below ``paths``,
+    seen from the package's folder, where some are given); None and False without a checkout."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    if shutil.which("git") is None:
+        return None, False
+    return git("rev-parse", "HEAD") or None, bool(git("status", "--porcelain", *paths))
 
 
 def draft_info(name: str) -> dict[str, Any]:

@@ -43,6 +43,14 @@ def load_decoder(
     return join(draft, network, model, tokenizer, tree, progress=progress)
 
 
+def load_target(
+    name: str, *, dtype: str, device: str, progress: Progress | None = None
+) -> tuple[Target, PreTrainedTokenizerBase]:
+    """A target by itself, with its tokenizer, where no drafter is needed. ``device`` is one that `find_device` gave."""
+    model, tokenizer = load_target_model(name, dtype=find_dtype(dtype, device), device=device, progress=progress)
+    return Target(model), tokenizer
+
+
 def read_network(draft: str | None, dtype: torch.dtype, device: str) -> DraftModel | None:
     """The network of a trained draft; None for what needs none."""
     if draft is None or is_untrained(draft):

@@ -161,7 +161,7 @@ def _summary(rows: Sequence[Row], baseline: Sequence[Row]) -> Summary:
         mean_acceptance_length_interval=tau_interval,
         mean_acceptance_length_by_question=tau_by_question,
         mean_accepted_drafts=accepted,
-        acceptance_per_depth=_conditional(rounds.acceptance_per_depth),
+        acceptance_per_depth=rounds.conditional_acceptance,
         round_length_counts=[lengths.count(n) for n in range(1, max(lengths, default=0) + 1)],
         seconds=_seconds(answered),
         peak_bytes=max((row["peak_bytes"] for row in answered if row["peak_bytes"] is not None), default=None),
@@ -197,11 +197,6 @@ def _tallies(rows: Sequence[Row], baseline: Sequence[Row]) -> dict[str, Tally]:
             tally.baseline_tokens += partner["num_tokens"]
             tally.baseline_seconds += partner["wall_seconds"]
     return dict(tallies)
-
-
-def _conditional(shares: Sequence[float]) -> list[float]:
-    """From the share of rounds that reached each depth to the share among those that reached the depth before."""
-    return [_over(share, before) for share, before in zip(shares, [1.0, *shares], strict=False)]
 
 
 def _seconds(rows: Sequence[Row]) -> dict[str, float]:

@@ -25,7 +25,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partialmethod
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +103,7 @@ def load_target_model(
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         logger.debug("loading %s failed", path, exc_info=True)
-        raise ModelUnavailable(f"target {path} cannot be loaded ({_first_line(error)}): {remedy}.") from error
+        raise ModelUnavailable(f"target {path} cannot be loaded ({first_line(error)}): {remedy}.") from error
     if missing := sorted(info["missing_keys"]):
         raise ModelUnavailable(f"target {path} lacks {len(missing)} of its weights, {missing[0]} among them: {remedy}.")
     assert tokenizer is not None
@@ -112,36 +112,29 @@ def load_target_model(
 
 def load_tokenizer(name_or_path: str, *, progress: Progress | None = None) -> "transformers.PreTrainedTokenizerBase":
     """The target's tokenizer alone, where its weights are not needed."""
-    path = target_path(name_or_path, progress=progress)
-
     from transformers import AutoTokenizer
 
-    source, options = _source(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        logger.debug("loading the tokenizer of %s failed", path, exc_info=True)
-        raise ModelUnavailable(
-            f"the tokenizer of target {path} cannot be loaded ({_first_line(error)}): check the folder, or the "
-            "spelling, the network and, for a gated model, `hf auth login`."
-        ) from error
+    tokenizer = _load_part("tokenizer", AutoTokenizer, name_or_path, progress)
     assert tokenizer is not None
     return tokenizer
 
 
 def load_target_config(name_or_path: str, *, progress: Progress | None = None) -> "transformers.PreTrainedConfig":
     """The target's configuration alone."""
-    path = target_path(name_or_path, progress=progress)
-
     from transformers import AutoConfig
 
+    return _load_part("configuration", AutoConfig, name_or_path, progress)
+
+
+def _load_part(what: str, kind: Any, name_or_path: str, progress: Progress | None) -> Any:
+    path = target_path(name_or_path, progress=progress)
     source, options = _source(path)
     try:
-        return AutoConfig.from_pretrained(source, **options)
+        return kind.from_pretrained(source, **options)
     except (OSError, ValueError, RuntimeError) as error:
-        logger.debug("loading the configuration of %s failed", path, exc_info=True)
+        logger.debug("loading the %s of %s failed", what, path, exc_info=True)
         raise ModelUnavailable(
-            f"the configuration of target {path} cannot be loaded ({_first_line(error)}): check the folder, or the "
+            f"the {what} of target {path} cannot be loaded ({first_line(error)}): check the folder, or the "
             "spelling, the network and, for a gated model, `hf auth login`."
         ) from error
 
@@ -192,7 +185,7 @@ def _draft_from_hub(repo: str) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         logger.debug("fetching %s failed", repo, exc_info=True)
         raise ModelUnavailable(
-            f"draft {repo} cannot be fetched from the Hub ({_first_line(error)}): "
+            f"draft {repo} cannot be fetched from the Hub ({first_line(error)}): "
             "check the spelling, the network and, for a gated repository, `hf auth login`."
         ) from error
     if not (folder / "config.json").is_file():
@@ -355,7 +348,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says first, without its full stop; its class where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(" .:") if lines else type(error).__name__
 

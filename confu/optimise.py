@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,13 +116,3 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, config: TrainConfig, st
         scale = 0.1 + 0.45 * (1 + math.cos(math.pi * done))
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * scale
-
-
-def reuse_freed_memory() -> None:
-    """Let glibc keep large freed blocks instead of returning them to the kernel: page faults took half of a step."""
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        import ctypes
-
-        libc = ctypes.CDLL(None)
-        for option, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX: never mmap; M_TRIM_THRESHOLD: never trim
-            libc.mallopt(option, value)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 
 from confu.chart import CSS as CHART_CSS
 
+NONE = "–"  # stands for a number that there is none of
 CSS = (
     CHART_CSS
     + ":root{color-scheme:light dark;--page:#fff}@media(prefers-color-scheme:dark){:root{--page:#16191d}}"
@@ -63,3 +65,8 @@ def details(summary: str, *parts: str) -> str:
 
 def note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>'
+
+
+def number(value: float | None, digits: int) -> str:
+    """A number as tables show it, and a dash where there is none."""
+    return NONE if value is None or math.isnan(value) else f"{value:,.{digits}f}"

@@ -19,7 +19,17 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from confu.config import RegenerateConfig, SamplingConfig
-from confu.conversations import Answer, Conversation, Outcome, as_row, context, draw_seed, is_open, read_conversations
+from confu.conversations import (
+    Answer,
+    Conversation,
+    Outcome,
+    as_row,
+    context,
+    draw_seed,
+    failure,
+    is_open,
+    read_conversations,
+)
 from confu.generate import Decoder
 from confu.load import encode_chat
 from confu.rows import Rows
@@ -129,7 +139,7 @@ class DecoderEngine:
             return {c.id: answers for c, answers in zip(batch, self._converse(batch), strict=True)}
         except Exception as error:
             if len(batch) == 1:
-                return {batch[0].id: f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"}
+                return {batch[0].id: failure(error)}
         return {name: outcome for c in batch for name, outcome in self._answer([c]).items()}
 
     def _converse(self, batch: list[Conversation]) -> list[list[Answer]]:

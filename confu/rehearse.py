@@ -4,7 +4,6 @@ on synthetic conversations."""
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,12 +16,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from confu.config import TrainConfig
 from confu.cost import memory_estimate, parameters_by_group, step_flops
-from confu.data import Corpus, collate, read_corpus
+from confu.data import Corpus, collate, recipe_corpus
 from confu.documents import Document
 from confu.draft import DraftModel, load_draft_config
 from confu.features import FeatureStore
+from confu.memory import peak_bytes, reuse_freed_memory
 from confu.models import draft_path, load_target_config
-from confu.optimise import Trainer, reuse_freed_memory
+from confu.optimise import Trainer
 from confu.schedule import micro_batches_per_epoch, step_plan
 from confu.start import add_contemplation, confu_config, eagle3_config, new_eagle3, start_draft
 from confu.target import Target
@@ -86,12 +86,7 @@ def measured_facts(
     """The data, and the time of the whole run by that of a few of its steps."""
     reuse_freed_memory()
     torch.manual_seed(config.seed)
-    corpus = read_corpus(
-        config.data,
-        tokenizer,
-        max_length=config.max_length,
-        progress=lambda fraction: progress("tokenising", fraction),
-    )
+    corpus = recipe_corpus(config, tokenizer, progress)
     draft = start_draft(config, target, corpus).to(target.device).train()
     trainer = Trainer(config, target, draft, corpus.documents)
     shape = {"batch_tokens": config.batch_tokens, "seed": config.seed}
@@ -199,12 +194,3 @@ def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
         (left @ right)[0, 0].item()
         times.append(time.perf_counter() - began)
     return 2 * size**3 / min(times)
-
-
-def peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from confu.chart import MAX_SERIES, Series, line_chart, standalone
-from confu.page import details, figures, note, page, table
+from confu.page import details, figures, note, number, page, table
 
 Row = dict[str, Any]
 MAX_POINTS = 48  # of a line; longer runs show means of neighbouring reports, which are less noisy, too
@@ -63,15 +63,15 @@ def read_metrics(path: Path) -> tuple[list[Row], list[Row]]:
     lines = path.read_text(encoding="utf-8").splitlines()
     reports: list[Row] = []
     evaluations: list[Row] = []
-    for number, line in enumerate(lines, 1):
+    for place, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            if number == len(lines):
+            if place == len(lines):
                 break
-            raise ValueError(f"{path}, line {number} is not valid JSON; remove that line.") from None
+            raise ValueError(f"{path}, line {place} is not valid JSON; remove that line.") from None
         if not isinstance(row, dict) or ("loss" in row) == ("tau" in row):
-            raise ValueError(f"{path}, line {number} is neither a training report nor an evaluation; remove that line.")
+            raise ValueError(f"{path}, line {place} is neither a training report nor an evaluation; remove that line.")
         (reports if "loss" in row else evaluations).append(row)
     return reports, evaluations
 
@@ -177,7 +177,7 @@ def _summary_table(runs: Sequence[Run]) -> str:
     bests = [one["best"] or {} for one in found]
 
     def numbers(values: Sequence[float | None], digits: int = 3) -> list[str]:
-        return [_number(value, digits) for value in values]
+        return [number(value, digits) for value in values]
 
     def depth_rows(label: str, lists: Sequence[Sequence[float | None]]) -> list[list[str]]:
         columns = list(itertools.zip_longest(*lists))  # a depth that a run has not is None
@@ -237,10 +237,10 @@ def _numbers(run: Run) -> Iterator[str]:
                 [
                     f"{row['step']:,}",
                     f"{row['tokens_seen']:,}",
-                    *(_number(row[key], 3) for key in ("tau", "chain_tau")),
-                    *(_number(row["acceptance"][d] if d < len(row["acceptance"]) else None, 3) for d in depths),
+                    *(number(row[key], 3) for key in ("tau", "chain_tau")),
+                    *(number(row["acceptance"][d] if d < len(row["acceptance"]) else None, 3) for d in depths),
                     f"{row['num_prompts']:,}",
-                    _number(row["seconds"], 0),
+                    number(row["seconds"], 0),
                 ]
                 for row in run.evaluations
             ],
@@ -253,13 +253,9 @@ def _numbers(run: Run) -> Iterator[str]:
             [
                 f"{row['step']:,}",
                 f"{row['tokens_seen']:,}",
-                *(_number(value, 3) for value in (row["loss"], *row["accuracy"])),
-                _number(row["tokens_per_second"], 0),
+                *(number(value, 3) for value in (row["loss"], *row["accuracy"])),
+                number(row["tokens_per_second"], 0),
             ]
             for row in _thin(run.reports)
         ],
     )
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None or math.isnan(value) else f"{value:,.{digits}f}"

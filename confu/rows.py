@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from confu.models import first_line
+
 Message = dict[str, Any]
 Progress = Callable[[float | None], None]
 """Told the share of the data that was read, or None where that is unknown."""
@@ -112,8 +114,7 @@ def _stream_from_hub(source: str) -> Iterator[Any]:
     try:
         yield from datasets.load_dataset(**wanted, streaming=True)
     except Exception as error:  # of the network, the Hub, the file formats: each library has its own classes
-        reason = next(iter(str(error).strip().splitlines()), "").rstrip(" .:") or type(error).__name__
         raise ValueError(
-            f"{source} cannot be read from the Hub ({reason}); check the spelling, the split, the network and, "
-            "for a gated data set, `hf auth login`."
+            f"{source} cannot be read from the Hub ({first_line(error)}); check the spelling, the split, the network "
+            "and, for a gated data set, `hf auth login`."
         ) from error

@@ -8,7 +8,6 @@ import json
 import platform
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from confu.card import write_card
 from confu.config import TrainConfig, to_json
 from confu.data import Corpus
 from confu.draft import DraftModel
+from confu.info import checkout
 from confu.objective import Losses
 from confu.optimise import Trainer
 from confu.parallel import World
@@ -203,14 +203,11 @@ def provenance(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
     """What makes a draft: recipe, commit, versions, data hash, seed, amount of data."""
     import transformers
 
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
+    commit, dirty = checkout()
     return {
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "commit": git("rev-parse", "HEAD") or None,
-        "dirty": bool(git("status", "--porcelain")),
+        "commit": commit,
+        "dirty": dirty,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

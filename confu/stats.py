@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 
 @dataclass
@@ -57,6 +58,11 @@ class Stats:
         """Share of the rounds in which at least 1, 2, ... drafted tokens were accepted."""
         accepted = [n for rounds in self.round_accepted for n in rounds]
         return [sum(n >= depth for n in accepted) / len(accepted) for depth in range(1, max(accepted, default=0) + 1)]
+
+    @property
+    def conditional_acceptance(self) -> list[float]:
+        """For each depth, the share of rounds that accepted it among those that accepted all depths before."""
+        return [deeper / above for above, deeper in pairwise([1.0, *self.acceptance_per_depth])]
 
     @property
     def tokens_per_second(self) -> float:

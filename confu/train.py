@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from confu.config import TrainConfig
-from confu.data import Corpus, read_corpus
+from confu.data import Corpus, recipe_corpus
 from confu.evaluate import Evaluation, Evaluator, held_out_prompts
 from confu.features import FeatureStore
-from confu.optimise import Trainer, reuse_freed_memory
+from confu.memory import reuse_freed_memory
+from confu.optimise import Trainer
 from confu.parallel import ALONE, World
 from confu.runs import Interrupts, Position, Run
 from confu.schedule import step_plan
@@ -66,12 +67,7 @@ def train(
     torch.manual_seed(config.seed)
 
     # 1. data
-    corpus = read_corpus(
-        config.data,
-        tokenizer,
-        max_length=config.max_length,
-        progress=lambda fraction: progress("tokenising", fraction),
-    )
+    corpus = recipe_corpus(config, tokenizer, progress)
     evaluator = None
     if config.evaluate_every:
         evaluator = Evaluator(config, target, held_out_prompts(config, tokenizer, corpus, target, notice))

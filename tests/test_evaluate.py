@@ -13,7 +13,7 @@ from confu.config import FUTURE_FORMS, SamplingConfig, TrainConfig, TreeConfig
 from confu.data import read_corpus
 from confu.draft import DraftModel
 from confu.drafter import TreeDrafter
-from confu.evaluate import Evaluation, Evaluator, conditional_acceptance, held_out_prompts, served, simulate_chains
+from confu.evaluate import Evaluation, Evaluator, held_out_prompts, served, simulate_chains
 from confu.generate import Decoder
 from confu.load import encode_chat
 from confu.stats import Stats
@@ -107,8 +107,8 @@ def test_simulated_future_is_not_idle(drafts, target):
 def test_conditional_acceptance():
     """Of five chains three begin right, two of them go on, one to the third token."""
     stats = Stats(round_accepted=[[0, 1], [3, 0, 2]])
-    assert conditional_acceptance(stats) == pytest.approx([3 / 5, 2 / 3, 1 / 2])
-    assert conditional_acceptance(Stats(round_accepted=[[0, 0]])) == []
+    assert stats.conditional_acceptance == pytest.approx([3 / 5, 2 / 3, 1 / 2])
+    assert Stats(round_accepted=[[0, 0]]).conditional_acceptance == []
 
 
 def test_evaluation_is_the_decoders_tau(recipe, drafts, target):
@@ -122,7 +122,7 @@ def test_evaluation_is_the_decoders_tau(recipe, drafts, target):
         decoder.generate(prompts, SamplingConfig(max_new_tokens=20), stats=stats)
         assert value == pytest.approx(stats.mean_acceptance_length, abs=1e-4)
     assert found.tau > found.chain_tau > 1
-    assert found.acceptance == pytest.approx(conditional_acceptance(stats), abs=1e-4)
+    assert found.acceptance == pytest.approx(stats.conditional_acceptance, abs=1e-4)
     assert (found.step, found.tokens_seen, found.num_prompts) == (7, 70, 6)
 
 

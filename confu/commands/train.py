@@ -59,17 +59,13 @@ def train(
     with Stages(terminal) as progress, contextlib.ExitStack() as stack:
         progress.wait("starting")
         from confu import parallel
-        from confu.load import find_device, find_dtype
-        from confu.models import load_target_model
-        from confu.target import Target
+        from confu.load import find_device, load_target
         from confu.train import train as run_training
 
         place = parallel.local_device(find_device(device))
         world = stack.enter_context(parallel.join(place))
-        dtype = find_dtype(config.dtype, place)
         home = "cpu" if config.shard_target else place  # what is to be sharded fits on no device
-        model, tokenizer = load_target_model(config.target, dtype=dtype, device=home, progress=progress)
-        target = Target(model)
+        target, tokenizer = load_target(config.target, dtype=config.dtype, device=home, progress=progress)
         if config.shard_target:
             parallel.shard_target(target, world)
         board = TrainingBoard(terminal, config.steps, progress)
@@ -109,9 +105,8 @@ def _rehearse(terminal: Terminal, config: TrainConfig, device: str) -> int:
     with Stages(terminal) as progress:
         progress.wait("starting")
         from confu import rehearse
-        from confu.load import find_device, find_dtype
-        from confu.models import load_target_model, target_path
-        from confu.target import Target
+        from confu.load import find_device, load_target
+        from confu.models import target_path
 
         for sentence in config.without_effect():
             terminal.say(sentence)
@@ -121,9 +116,8 @@ def _rehearse(terminal: Terminal, config: TrainConfig, device: str) -> int:
         measured = None
         if rehearse.weights_at_hand(target_path(config.target, progress=progress)):
             place = find_device(device)
-            dtype = find_dtype(config.dtype, place)
-            model, tokenizer = load_target_model(config.target, dtype=dtype, device=place, progress=progress)
-            measured = rehearse.measured_facts(config, Target(model), tokenizer, progress=progress)
+            target, tokenizer = load_target(config.target, dtype=config.dtype, device=place, progress=progress)
+            measured = rehearse.measured_facts(config, target, tokenizer, progress=progress)
     if terminal.json:
         terminal.document(**found, measured=measured)
     elif measured is not None:
@@ -159,12 +153,9 @@ def bench_train(
     with Stages(terminal) as progress:
         progress.wait("starting")
         from confu import rehearse
-        from confu.load import find_device, find_dtype
-        from confu.models import load_target_model
-        from confu.target import Target
+        from confu.load import find_device, find_dtype, load_target
 
         place = find_device(device)
-        precision = find_dtype(dtype, place)
         config = TrainConfig(
             method,
             out="",
@@ -172,11 +163,11 @@ def bench_train(
             target=target,
             init="synthetic" if method == "confu" else None,
             batch_tokens=batch_tokens,
-            dtype=str(precision).removeprefix("torch."),
+            dtype=str(find_dtype(dtype, place)).removeprefix("torch."),
         )
-        model, _ = load_target_model(config.target, dtype=precision, device=place, progress=progress)
+        measured, _ = load_target(config.target, dtype=config.dtype, device=place, progress=progress)
         progress("timing steps", None)
-        rows = rehearse.bench(config, Target(model), list(lengths))
+        rows = rehearse.bench(config, measured, list(lengths))
     if terminal.json:
         names = {"method": method, "target": config.target, "dtype": config.dtype, "device": place}
         terminal.document(**names, lengths=[dataclasses.asdict(row) for row in rows])

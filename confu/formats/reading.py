@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from confu.config import DraftConfig
-from confu.draft import DraftModel
+from confu.draft import DraftModel, read_settings
 from confu.formats import LAYER, LAYER_IDS, OTHER_LAYER, WEIGHTS, refuse_filled
 from confu.models import Progress, draft_path, load_target_config, load_target_model
 from confu.target import ROPE_TYPES, default_feature_layers
@@ -82,7 +82,7 @@ def import_draft(
     Raises ValueError with one sentence for what cannot be read or expressed, ModelUnavailable for what cannot be had.
     """
     folder = draft_path(source)
-    values = _read_config(folder)
+    values = read_settings(folder)
     form = _format_of(values, folder)
     layer = values.get("transformer_layer_config", values)
     weights = _read_weights(folder)
@@ -108,17 +108,6 @@ def import_draft(
 
 
 # ---------------------------------------------------------------- files
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds {type(values).__name__}, not a JSON object of settings.")
-    return values
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
