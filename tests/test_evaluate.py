@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_data import ROWS, byte_tokenizer, taught_target, write_jsonl
+from tiny_data import ROWS, byte_tokenizer, taught_target, tiny_recipe, write_jsonl
 
 from confu.config import FUTURE_FORMS, SamplingConfig, TrainConfig, TreeConfig
 from confu.data import read_corpus
@@ -35,20 +35,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recipe(data):
-    return TrainConfig(
-        method="eagle3",
-        out="",
-        data=(data,),
-        target="tiny",
-        draft_vocab_size=48,
-        steps=36,
-        batch_tokens=300,
-        max_length=64,
-        ttt_steps=4,
-        lr=3e-3,
-        dtype="float32",
-        log_every=12,
-    )
+    return tiny_recipe(data, steps=36, lr=3e-3, log_every=12)
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_data import ROWS, byte_tokenizer, taught_target, tiny_llama, write_jsonl
+from tiny_data import ROWS, byte_tokenizer, taught_target, tiny_llama, tiny_recipe, write_jsonl
 
 from confu import features as features_module
-from confu.config import TrainConfig
 from confu.data import collate, read_corpus
 from confu.features import FeatureStore, taught_tokens
 from confu.objective import gather_rows, losses, supervised_steps
@@ -30,20 +29,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def recipe(data):
     """Twelve steps of two conversations: four epochs."""
-    return TrainConfig(
-        method="eagle3",
-        out="",
-        data=(data,),
-        target="tiny",
-        draft_vocab_size=48,
-        steps=12,
-        batch_tokens=90,
-        max_length=64,
-        ttt_steps=4,
-        dtype="float32",
-        log_every=1,
-        features="cache",
-    )
+    return tiny_recipe(data, steps=12, batch_tokens=90, log_every=1, features="cache")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_data import ROWS, VOCAB, byte_tokenizer, taught_target, tiny_draft, write_jsonl
+from tiny_data import ROWS, VOCAB, byte_tokenizer, taught_target, tiny_draft, tiny_recipe, write_jsonl
 
 from confu import runs
 from confu.config import FUTURE_FORMS, SamplingConfig, TrainConfig, TreeConfig, to_json
@@ -49,26 +49,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recipe(data):
-    """An EAGLE-3 recipe whose one batch holds all six conversations."""
-    return TrainConfig(
-        method="eagle3",
-        out="",
-        data=(data,),
-        target="tiny",
-        draft_vocab_size=48,
-        steps=70,
-        batch_tokens=300,
-        max_length=64,
-        ttt_steps=4,
-        lr=3e-3,
-        num_soft_prompts=4,
-        num_experts=3,
-        replication=4,
-        max_router_lag=4,
-        dtype="float32",
-        log_every=1,
-        checkpoint_every=1000,
-    )
+    sizes = {"num_soft_prompts": 4, "num_experts": 3, "replication": 4, "max_router_lag": 4}
+    return tiny_recipe(data, steps=70, lr=3e-3, log_every=1, checkpoint_every=1000, **sizes)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from naive import build_draft, build_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from confu.config import TrainConfig
 from confu.data import collate
 from confu.documents import Document, tokenize_row
 from confu.draft import DraftModel
@@ -102,6 +103,12 @@ def taught_target() -> Target:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return Target(model)
+
+
+def tiny_recipe(data: str, **settings) -> TrainConfig:
+    """An EAGLE-3 recipe for the taught target in float32; one batch holds all six conversations."""
+    sizes = {"draft_vocab_size": 48, "batch_tokens": 300, "max_length": 64, "ttt_steps": 4, "dtype": "float32"}
+    return TrainConfig(method="eagle3", out="", data=(data,), target="tiny", **sizes | settings)
 
 
 def write_jsonl(path: Path, rows: list) -> str:
