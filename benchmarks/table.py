@@ -15,7 +15,6 @@ say, a line in note.txt.
 from __future__ import annotations
 
 import json
-import random
 import re
 import sys
 from pathlib import Path
@@ -34,8 +33,10 @@ from confu.bench_tables import (
     with_interval,
 )
 from confu.equality import compare
+from confu.metrics import bootstrap, over, ratio_of_ratios
 from confu.report import read_metrics, read_run, summary
 from confu.results import read_results
+from confu.stats import Stats
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -78,11 +79,13 @@ def table(folder: Path) -> str:
     ]
     for method in methods:
         mine = [r for r in rows if r["method"] == method]
-        low, high = bootstrap(mine)
+        columns = [[sum(r["round_lengths"]) for r in mine], [len(r["round_lengths"]) for r in mine]]
+        low, high = bootstrap(columns, over) or (float("nan"),) * 2
         cells = [f"{tau([r for r in mine if r['category'] == c]):.2f}" for c in categories]
         lines.append(f"| {method} | **{tau(mine):.3f}** | {low:.3f} to {high:.3f} | {' | '.join(cells)} |")
     prompts = len({r["id"] for r in rows})
     lines += [
+        *(f"\n{line}" for line in ratios(rows, methods)),
         "",
         f"{prompts} prompts, at most {run['max_new_tokens']} new tokens, temperature {run['temperature']:g}, "
         f"{run['tree_nodes']} nodes, depth {run['tree_depth']}, top-k {run['tree_topk']}, {run['dtype']}, seed "
@@ -146,7 +149,7 @@ def runs(names: list[str]) -> str:
 
 def evaluations(name: str) -> str:
     """KL and accuracy by draft step."""
-    lines = ["| draft | trained | KL, steps 1 to 5 | accuracy, steps 1 to 5 |", "|---|---|---|---|"]
+    lines = ["| draft | trained | KL by draft step | accuracy by draft step |", "|---|---|---|---|"]
     for row in read_rows(RESULTS / f"{name}.jsonl"):
         kl, accuracy = (", ".join(f"{x:.3f}" for x in row[key]) for key in ("kl", "accuracy"))
         lines.append(f"| {row['variant']} | {row['trained']} | {kl} | {accuracy} |")
@@ -198,16 +201,28 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def tau(rows: list[dict[str, Any]]) -> float:
-    """Tokens per round, bonus token included, pooled over all rounds (as `confu.stats.Stats` defines it)."""
-    rounds = [n for row in rows for n in row["round_lengths"]]
-    return sum(rounds) / len(rounds) if rounds else float("nan")
+    return Stats(round_lengths=[row["round_lengths"] for row in rows]).mean_acceptance_length
 
 
-def bootstrap(rows: list[dict[str, Any]], draws: int = 1000) -> tuple[float, float]:
-    """Middle 95 % of tau over resampled prompts."""
-    source = random.Random(0)
-    taus = sorted(tau(source.choices(rows, k=len(rows))) for _ in range(draws))
-    return taus[round(0.025 * draws)], taus[round(0.975 * draws) - 1]
+def ratios(rows: list[dict[str, Any]], methods: list[str]) -> list[str]:
+    """tau over the control's, where there is one, on common prompts, which are resampled together."""
+    sums = {
+        method: {
+            row["id"]: (sum(row["round_lengths"]), len(row["round_lengths"])) for row in rows if row["method"] == method
+        }
+        for method in methods
+    }
+    lines = []
+    for method in methods if "control" in methods else []:
+        common = [prompt for prompt in sums[method] if prompt in sums["control"]]
+        if method != "control" and common:
+            columns = list(zip(*(sums[method][prompt] + sums["control"][prompt] for prompt in common), strict=True))
+            low, high = bootstrap(columns, ratio_of_ratios) or (float("nan"),) * 2
+            lines.append(
+                f"tau of {method} over tau of control: {ratio_of_ratios(*map(sum, columns)):.3f} "
+                f"({low:.3f} to {high:.3f}, {len(common)} prompts)."
+            )
+    return lines
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def tau_ratio(results: Results, method: str, over: str) -> tuple[float, Interval
         for found in (mine, theirs)
         for name in ("num_round_tokens", "num_rounds")
     ]
-    return _ratio_of_ratios(*map(sum, columns)), bootstrap(columns, _ratio_of_ratios)
+    return ratio_of_ratios(*map(sum, columns)), bootstrap(columns, ratio_of_ratios)
 
 
 def bootstrap(columns: Sequence[Sequence[float]], statistic: Callable[..., float]) -> Interval:
@@ -142,8 +142,8 @@ def _summary(rows: Sequence[Row], baseline: Sequence[Row]) -> Summary:
     if lengths:
         per_question = [(t.num_round_tokens, t.num_rounds) for t in tallies]
         tau = rounds.mean_acceptance_length
-        tau_interval = bootstrap(list(zip(*per_question, strict=True)), _over)
-        tau_by_question = _mean([_over(*sums) for sums in per_question if sums[1]])
+        tau_interval = bootstrap(list(zip(*per_question, strict=True)), over)
+        tau_by_question = _mean([over(*sums) for sums in per_question if sums[1]])
         accepted = rounds.num_accepted_draft_tokens / rounds.num_rounds
     num_tokens, seconds = (sum(_column(tallies, name)) for name in ("num_tokens", "seconds"))
     return Summary(
@@ -153,7 +153,7 @@ def _summary(rows: Sequence[Row], baseline: Sequence[Row]) -> Summary:
         num_tokens=round(num_tokens),
         num_rounds=rounds.num_rounds,
         tokens_per_second=num_tokens / seconds if seconds else None,
-        tokens_per_second_mean=_mean([_over(t.num_tokens, t.seconds) for t in tallies]) if seconds else None,
+        tokens_per_second_mean=_mean([over(t.num_tokens, t.seconds) for t in tallies]) if seconds else None,
         speedup=speedup,
         speedup_interval=speedup_interval,
         speedup_mean=speedup_mean,
@@ -174,9 +174,9 @@ def _speedup(paired: Sequence[Tally]) -> tuple[float | None, Interval, float | N
         return None, None, None
     names = ("paired_tokens", "paired_seconds", "baseline_tokens", "baseline_seconds")
     columns = [_column(paired, name) for name in names]
-    mine = _mean([_over(t.paired_tokens, t.paired_seconds) for t in paired])
-    theirs = _mean([_over(t.baseline_tokens, t.baseline_seconds) for t in paired])
-    return _ratio_of_ratios(*map(sum, columns)), bootstrap(columns, _ratio_of_ratios), _over(mine, theirs)
+    mine = _mean([over(t.paired_tokens, t.paired_seconds) for t in paired])
+    theirs = _mean([over(t.baseline_tokens, t.baseline_seconds) for t in paired])
+    return ratio_of_ratios(*map(sum, columns)), bootstrap(columns, ratio_of_ratios), over(mine, theirs)
 
 
 def _tallies(rows: Sequence[Row], baseline: Sequence[Row]) -> dict[str, Tally]:
@@ -204,17 +204,17 @@ def _seconds(rows: Sequence[Row]) -> dict[str, float]:
     return parts | {"other": sum(row["wall_seconds"] for row in rows) - sum(parts.values())}
 
 
-def _ratio_of_ratios(above: float, below: float, other_above: float, other_below: float) -> float:
-    return _over(_over(above, below), _over(other_above, other_below))
+def ratio_of_ratios(above: float, below: float, other_above: float, other_below: float) -> float:
+    return over(over(above, below), over(other_above, other_below))
 
 
 def _column(tallies: Sequence[Tally], name: str) -> list[float]:
     return [getattr(tally, name) for tally in tallies]
 
 
-def _over(above: float, below: float) -> float:
+def over(above: float, below: float) -> float:
     return above / below if below else math.nan
 
 
 def _mean(values: Sequence[float]) -> float:
-    return _over(sum(values), len(values))
+    return over(sum(values), len(values))
