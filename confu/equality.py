@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from confu.results import OURS, PLAIN, Results, Row
+from confu.results import OURS, PLAIN, Results, Row, answered
 from confu.view import first_difference
 
 ROUNDING_GAP = 1e-3  # float32 logits of two computation orders differ by less
@@ -62,7 +62,7 @@ def compare(results: Results) -> dict[str, Comparison]:
     """Every method against the plain target; the plain target against its own first repeat."""
     if results.run["temperature"] > 0:
         return {name: _compare_samples(results.rows, name) for name in results.run["methods"] if name != PLAIN}
-    plain = {(r["question"], r["turn"]): r for r in _answered(results.rows, PLAIN) if r["repeat"] == 0}
+    plain = {(r["question"], r["turn"]): r for r in answered(results.rows, PLAIN) if r["repeat"] == 0}
     return {name: _compare_greedy(results.rows, name, plain) for name in results.run["methods"]}
 
 
@@ -93,7 +93,7 @@ def _compare_greedy(rows: Sequence[Row], method: str, plain: dict[tuple[str, int
     differences = []
     num_compared = 0
     conversations: dict[tuple[str, int], list[Row]] = defaultdict(list)
-    for row in _answered(rows, method):
+    for row in answered(rows, method):
         if not (method == PLAIN and row["repeat"] == 0):
             conversations[row["question"], row["repeat"]].append(row)
     for turns in conversations.values():
@@ -124,7 +124,7 @@ def _compare_samples(rows: Sequence[Row], method: str) -> Comparison:
     distributions are the same, which samples are called the method's: that is what is permuted."""
     groups: dict[str, tuple[list[Row], list[Row]]] = defaultdict(lambda: ([], []))
     for which, name in enumerate((method, PLAIN)):
-        for row in _answered(rows, name):
+        for row in answered(rows, name):
             if row["turn"] == 0:
                 groups[row["question"]][which].append(row)
     pairs = [(mine, theirs) for mine, theirs in groups.values() if mine and theirs]
@@ -167,7 +167,3 @@ def _token_distance(mine: list[int], theirs: list[int]) -> float:
 
 def _mean_distance(mine: list[int], theirs: list[int]) -> float:
     return abs(sum(mine) / len(mine) - sum(theirs) / len(theirs))
-
-
-def _answered(rows: Sequence[Row], method: str) -> list[Row]:
-    return [row for row in rows if row["method"] == method and row["error"] is None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ class Results:
 
 def key(row: Row) -> Key:
     return row["question"], row["turn"], row["method"], row["repeat"]
+
+
+def answered(rows: Sequence[Row], method: str) -> list[Row]:
+    """A method's rows that hold an answer."""
+    return [row for row in rows if row["method"] == method and row["error"] is None]
 
 
 def read_results(path: Path) -> Results:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from confu.bench_tables import Findings, Table, number
-from confu.results import OURS, PLAIN, Results
+from confu.results import OURS, PLAIN, Results, answered
 
 BATCHES = (1, 8, 32)
 PREFIX = 1024  # tokens in the cache, for computed numbers
@@ -127,7 +127,7 @@ def predicted(results: Results, method: str, tau: float) -> float | None:
 
 def measured(results: Results, method: str) -> float:
     """Decoded tokens per second, prefill and first tokens left out."""
-    rows = _answers(results, method)
+    rows = answered(results.rows, method)
     seconds = sum(row["wall_seconds"] - row["prefill_seconds"] for row in rows)
     return sum(row["num_tokens"] - 1 for row in rows) / seconds
 
@@ -166,11 +166,6 @@ def elsewhere_table(findings: Findings, hardware: Hardware = H100) -> Table:
 
 def _mean_prefix(results: Results, method: str) -> float:
     """Tokens in the cache, averaged over rounds."""
-    weighted = [
-        (len(row["round_lengths"]), row["prompt_tokens"] + row["num_tokens"] / 2) for row in _answers(results, method)
-    ]
+    rows = answered(results.rows, method)
+    weighted = [(len(row["round_lengths"]), row["prompt_tokens"] + row["num_tokens"] / 2) for row in rows]
     return sum(count * prefix for count, prefix in weighted) / max(1, sum(count for count, _ in weighted))
-
-
-def _answers(results: Results, method: str) -> list[dict[str, Any]]:
-    return [row for row in results.rows if row["method"] == method and row["error"] is None]

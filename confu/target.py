@@ -54,8 +54,7 @@ class Target:
         self.hidden_size: int = config.hidden_size
         self.vocab_size: int = model.get_input_embeddings().num_embeddings  # type: ignore[union-attr, assignment]
         self.num_layers: int = config.num_hidden_layers
-        self.num_kv_heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.num_kv_heads, self.head_dim = key_value_shape(config)
         self.max_positions: int = config.max_position_embeddings
         self.window, self.has_full_layers = _sliding_window(config)
         self.feature_layers = feature_layers or default_feature_layers(self.num_layers)
@@ -260,6 +259,13 @@ class Target:
             return mask
         # Eager attention adds its mask.
         return torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
+
+
+def key_value_shape(config: Any) -> tuple[int, int]:
+    """Key-value heads of a layer and the width of one, by a model's text configuration."""
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return heads, width
 
 
 def within_window(mask: Bool[Tensor, "B R K"], window: int, num_soft: int) -> Bool[Tensor, "B R K"]:

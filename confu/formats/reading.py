@@ -22,7 +22,7 @@ from confu.config import DraftConfig
 from confu.draft import DraftModel, read_settings
 from confu.formats import LAYER, LAYER_IDS, OTHER_LAYER, WEIGHTS, refuse_filled
 from confu.models import Progress, draft_path, load_target_config, load_target_model
-from confu.target import ROPE_TYPES, default_feature_layers
+from confu.target import ROPE_TYPES, default_feature_layers, key_value_shape
 
 LayerIds = Literal["inputs", "outputs"]
 
@@ -233,8 +233,7 @@ def _draft_config(
             f"The draft was made for a sliding window of {layer['sliding_window']} tokens; here it sees the whole "
             "context."
         )
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads, width = key_value_shape(text)
     return DraftConfig(
         method="eagle3",
         target=target,
