@@ -1,5 +1,16 @@
-"""`python -m confu`, which is also what torchrun starts."""
+"""`python -m confu`: what torchrun starts, `torchrun --standalone --nproc-per-node=2 -m confu train RECIPE.toml`."""
 
-from confu.cli import main
+import os
+import sys
 
-main()
+from confu.cli import run
+
+if __name__ == "__main__":
+    status = run(sys.argv[1:])
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Process groups that FSDP keeps outlive their destruction here, and gloo's threads in them then abort, now and
+        # then, a process that has done its work.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
