@@ -6,10 +6,10 @@
 ``<!-- tau:NAME -->`` ... ``<!-- /tau -->`` is filled from benchmarks/results/NAME, ``<!-- bench:NAME -->`` ...
 ``<!-- /bench -->`` from the run of `confu bench` kept there (``bench:A,B,...``: runs side by side),
 ``<!-- runs:A,B,... -->`` ... ``<!-- /runs -->`` from the runs A, B, ..., ``<!-- training-table -->`` ...
-``<!-- /training-table -->`` from all runs that are folders, and ``<!-- evaluations:NAME -->`` ...
-``<!-- /evaluations -->`` from benchmarks/results/NAME.jsonl (losses of drafts on one held-out set). A run is
-benchmarks/results/training/A.jsonl, or a folder A there with config.json, metrics.jsonl and, if there is something to
-say, a line in note.txt.
+``<!-- /training-table -->`` from all runs that are folders, ``<!-- throughput -->`` ... ``<!-- /throughput -->`` from
+bench-train.jsonl, and ``<!-- evaluations:NAME -->`` ... ``<!-- /evaluations -->`` from benchmarks/results/NAME.jsonl
+(losses of drafts on one held-out set). A run is benchmarks/results/training/A.jsonl, or a folder A there with
+config.json, metrics.jsonl and, if there is something to say, a line in note.txt.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ TAU = re.compile(r"(<!-- tau:([\w-]+) -->\n).*?(<!-- /tau -->)", re.DOTALL)
 BENCH = re.compile(r"(<!-- bench:([\w.,-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 RUNS = re.compile(r"(<!-- runs:([\w,-]+) -->\n).*?(<!-- /runs -->)", re.DOTALL)
 EVALUATIONS = re.compile(r"(<!-- evaluations:([\w-]+) -->\n).*?(<!-- /evaluations -->)", re.DOTALL)
+THROUGHPUT = re.compile(r"(<!-- throughput -->\n).*?(<!-- /throughput -->)", re.DOTALL)
 TRAINING = re.compile(r"(<!-- training-table -->\n).*?(<!-- /training-table -->)", re.DOTALL)
 
 
@@ -55,6 +56,7 @@ def main() -> int:
         new = BENCH.sub(lambda found: found[1] + bench(found[2].split(",")) + found[3], new)
         new = RUNS.sub(lambda found: found[1] + runs(found[2].split(",")) + found[3], new)
         new = EVALUATIONS.sub(lambda found: found[1] + evaluations(found[2]) + found[3], new)
+        new = THROUGHPUT.sub(lambda found: found[1] + throughput() + found[2], new)
         new = TRAINING.sub(lambda found: found[1] + training() + found[2], new)
         if new != old:
             stale.append(path)
@@ -145,6 +147,30 @@ def runs(names: list[str]) -> str:
             cells = " | ".join(f"{sum(column) / len(column):.3f}" for column in zip(*numbers, strict=True))
             lines.append(f"| {name} | {mine[0]['step']} to {mine[-1]['step']} | {cells} |")
     return "\n".join(lines) + "\n"
+
+
+def throughput() -> str:
+    """What `confu bench-train --json` printed for each method, one document a line, with commit and machine added."""
+    found = read_rows(RESULTS / "bench-train.jsonl")
+    header = ["method", "length", "tokens/s", "supervised/s", "ms/token", "of the matmul rate", "peak memory"]
+    rows = [
+        [
+            run["method"],
+            f"{row['length']:,}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['supervised_per_second']:.0f}",
+            f"{row['milliseconds_per_token']:.2f}",
+            f"{row['share_of_matmul']:.0%}",
+            f"{row['peak_bytes'] / 1e9:.1f} GB",
+        ]
+        for run in found
+        for row in run["lengths"]
+    ]
+    run = found[0]
+    return (
+        f"{Table('', header, rows).markdown()}\n\n{run['target']}, {run['dtype']}; {run['machine']}, torch "
+        f"{run['torch']}, commit {run['commit'][:10]}, {run['date']}.\n"
+    )
 
 
 def evaluations(name: str) -> str:
