@@ -20,7 +20,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from confu.bench_tables import (
+from confu.bench.equality import compare
+from confu.bench.metrics import bootstrap, over, ratio_of_ratios
+from confu.bench.results import read_results
+from confu.bench.tables import (
     Findings,
     Table,
     by_task_table,
@@ -32,11 +35,8 @@ from confu.bench_tables import (
     ratio_lines,
     with_interval,
 )
-from confu.equality import compare
-from confu.metrics import bootstrap, over, ratio_of_ratios
-from confu.report import read_metrics, read_run, summary
-from confu.results import read_results
 from confu.stats import Stats
+from confu.training.report import read_metrics, read_run, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from confu.track import TRACKERS
+from confu.training.track import TRACKERS
 
 T = TypeVar("T")
 

@@ -1,7 +1,7 @@
 """The draft network: one EAGLE-3 decoder layer (METHOD 3), and for ConFu the contemplation weights (METHOD 4).
 
 This file is arithmetic on rows only; who attends to whom is decided by the callers, `drafter.py` when decoding and
-`objective.py` when training, so both use the very same weights in the very same way.
+`training/objective.py` when training, so both use the very same weights in the very same way.
 
 Shapes: B batch, R rows, D hidden width, U draft vocabulary, V target vocabulary, H query heads, G key-value heads.
 """

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from confu.bench.equality import ROUNDING_GAP, SMALLEST_P
 from confu.config import SamplingConfig, TreeConfig
-from confu.equality import ROUNDING_GAP, SMALLEST_P
 from confu.generate import Decoder
 from confu.load import encode_chat, encode_raw
 from confu.models import Progress
 from confu.stats import Stats
-from confu.view import first_difference
+from confu.terminal.view import first_difference
 
 PROMPTS = Path(__file__).parent / "prompts.jsonl"
 SAMPLED_PROMPT = "Once there was a"

@@ -1,6 +1,6 @@
 """Made-up rows of a benchmark, small enough to reckon by hand."""
 
-from confu.results import Results
+from confu.bench.results import Results
 
 TREE = {"nodes": 4, "depth": 2, "topk": 2, "contemplate": None}
 

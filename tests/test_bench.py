@@ -9,16 +9,17 @@ import pytest
 import torch
 from tiny_data import byte_tokenizer, taught_target, write_jsonl
 
-from confu import bench, cli
-from confu.answers import DecoderEngine
-from confu.bench import cut
+from confu import cli
+from confu.bench import run as bench
+from confu.bench.answers import DecoderEngine
+from confu.bench.methods import Draft, choose_drafts, sweep_trees
+from confu.bench.results import read_results
+from confu.bench.run import cut
 from confu.config import SamplingConfig, TrainConfig, TreeConfig
-from confu.data import Corpus
-from confu.documents import Document
+from confu.data.corpus import Corpus
+from confu.data.documents import Document
 from confu.load import encode_chat, load_decoder
-from confu.methods import Draft, choose_drafts, sweep_trees
-from confu.results import read_results
-from confu.start import add_contemplation, new_eagle3
+from confu.training.start import add_contemplation, new_eagle3
 
 QUESTIONS = [
     {"question_id": 1, "category": "a", "turns": ["0"]},

@@ -9,11 +9,11 @@ import pytest
 from made_rows import TREE, results, row
 from test_report import SVG, Page
 
-from confu.bench_charts import draw
-from confu.bench_report import write_report
-from confu.bench_tables import document, find
-from confu.chart import Bars, bar_chart
-from confu.equality import compare
+from confu.bench.charts import draw
+from confu.bench.equality import compare
+from confu.bench.report import write_report
+from confu.bench.tables import document, find
+from confu.pages.chart import Bars, bar_chart
 
 PIECES = [
     {"text": "The", "drafted": False, "rejected": ""},

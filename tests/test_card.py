@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from tiny_data import tiny_draft
 
-from confu.card import write_card
+from confu.training.card import write_card
 
 PROVENANCE = {
     "argv": ["confu", "train", "/home/me/secret.toml"],

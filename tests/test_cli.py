@@ -16,13 +16,13 @@ from tiny_data import ROWS, byte_tokenizer, tiny_llama, write_jsonl
 import confu.generate
 from confu import cli, lossless
 from confu.config import TrainConfig
-from confu.data import Corpus
-from confu.documents import Document
+from confu.data.corpus import Corpus
+from confu.data.documents import Document
 from confu.draft import DraftModel
 from confu.generate import Decoder
-from confu.optimise import Trainer
-from confu.start import add_contemplation, new_eagle3
 from confu.target import Target
+from confu.training.optimise import Trainer
+from confu.training.start import add_contemplation, new_eagle3
 from confu.verify import Sampler
 
 
@@ -312,7 +312,7 @@ def test_interrupt_at_the_prompt_leaves(confu_run, monkeypatch):
         raise KeyboardInterrupt
 
     pipe_in(monkeypatch, b"")
-    monkeypatch.setattr("confu.talk._next_turn", press)
+    monkeypatch.setattr("confu.terminal.talk._next_turn", press)
     status, _, err = confu_run("chat", "confu", "-q")
     assert (status, err) == (130, "confu: interrupted.\n")
 

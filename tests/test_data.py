@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny_data import CHATML, END, START, byte_tokenizer, write_jsonl
 
-from confu.data import collate, read_corpus
-from confu.documents import Document, tokenize_row
-from confu.schedule import step_plan
+from confu.data.corpus import collate, read_corpus
+from confu.data.documents import Document, tokenize_row
+from confu.training.schedule import step_plan
 
 TOKENIZER = byte_tokenizer()
 

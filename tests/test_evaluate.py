@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 from tiny_data import ROWS, byte_tokenizer, taught_target, tiny_recipe, write_jsonl
 
 from confu.config import FUTURE_FORMS, SamplingConfig, TrainConfig, TreeConfig
-from confu.data import read_corpus
+from confu.data.corpus import read_corpus
 from confu.draft import DraftModel
 from confu.drafter import TreeDrafter
-from confu.evaluate import Evaluation, Evaluator, held_out_prompts, served, simulate_chains
 from confu.generate import Decoder
 from confu.load import encode_chat
 from confu.stats import Stats
-from confu.train import train
+from confu.training.evaluate import Evaluation, Evaluator, held_out_prompts, served, simulate_chains
+from confu.training.train import train
 
 TOKENIZER = byte_tokenizer()
 QUESTIONS = ["0 ", "17", "23", "4 5", "again 3", "?"]

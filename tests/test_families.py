@@ -15,15 +15,15 @@ from test_formats import IDS_KEY, SETTINGS, made_up, write
 from tiny_data import ROWS, byte_tokenizer, write_jsonl
 
 from confu.config import SamplingConfig, TrainConfig, TreeConfig
-from confu.data import Corpus
-from confu.documents import Document
+from confu.data.corpus import Corpus
+from confu.data.documents import Document
 from confu.drafter import TreeDrafter
 from confu.formats.reading import import_draft
 from confu.formats.writing import export_draft
 from confu.generate import Decoder
-from confu.start import new_eagle3
 from confu.target import Target
-from confu.train import train
+from confu.training.start import new_eagle3
+from confu.training.train import train
 from confu.tree import from_parents
 
 PROMPTS = ((3, 1, 4, 1, 5, 9, 2, 6, 5, 3), (2, 7), (9, 9, 8))

@@ -10,13 +10,13 @@ import pytest
 import torch
 from tiny_data import ROWS, byte_tokenizer, taught_target, tiny_llama, tiny_recipe, write_jsonl
 
-from confu import features as features_module
-from confu.data import collate, read_corpus
-from confu.features import FeatureStore, taught_tokens
-from confu.objective import gather_rows, losses, supervised_steps
-from confu.start import new_eagle3
+from confu.data.corpus import collate, read_corpus
 from confu.target import Target
-from confu.train import train
+from confu.training import features as features_module
+from confu.training.features import FeatureStore, taught_tokens
+from confu.training.objective import gather_rows, losses, supervised_steps
+from confu.training.start import new_eagle3
+from confu.training.train import train
 
 TOKENIZER = byte_tokenizer()
 

@@ -20,8 +20,8 @@ from transformers import (
 
 from confu.config import TreeConfig
 from confu.draft import DraftModel
+from confu.formats.hub import ConFuDraft
 from confu.generate import Decoder
-from confu.hub import ConFuDraft
 from confu.models import SHIPPED_DRAFTS
 
 PROMPT = torch.tensor([[3, 1, 4, 1, 5, 9, 2]])

@@ -5,9 +5,9 @@ import random
 import pytest
 from made_rows import results, row
 
-from confu.bench_tables import equality_cell, verdict
-from confu.equality import compare, failures, permutation_test
-from confu.metrics import bootstrap, summarise, tau_ratio
+from confu.bench.equality import compare, failures, permutation_test
+from confu.bench.metrics import bootstrap, summarise, tau_ratio
+from confu.bench.tables import equality_cell, verdict
 
 ROWS = [
     row("plain", "a1", 8.0, [1] * 7),

@@ -11,13 +11,13 @@ from naive import FEATURE_LAYERS, METHODS, NaiveDraft, read
 from tiny_data import byte_tokenizer, tiny_draft
 from transformers import DynamicCache
 
-from confu import objective
 from confu.cache import PrefixCache
 from confu.config import TreeConfig
-from confu.data import Batch
-from confu.documents import tokenize_row
+from confu.data.corpus import Batch
+from confu.data.documents import tokenize_row
 from confu.drafter import Accepted, TreeDrafter
-from confu.objective import (
+from confu.training import objective
+from confu.training.objective import (
     Anchors,
     Future,
     HeadCrossEntropy,

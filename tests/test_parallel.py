@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from tiny_data import ROWS, byte_tokenizer, taught_target, write_jsonl
 
 from confu.config import TrainConfig, load_toml
-from confu.parallel import World, local_device, shard_target
-from confu.train import train
+from confu.training.parallel import World, local_device, shard_target
+from confu.training.train import train
 
 
 @pytest.fixture(scope="module")

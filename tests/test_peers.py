@@ -9,8 +9,8 @@ import torch
 from test_bench import bench_run, home, settled  # noqa: F401 (fixtures)
 from tiny_data import taught_target
 
+from confu.bench.peer import PEERS, PeerEngine, PeerMissing
 from confu.config import SamplingConfig
-from confu.peer import PEERS, PeerEngine, PeerMissing
 
 pytestmark = pytest.mark.usefixtures("settled")
 SETTINGS = {"depth": 3, "tree": {"nodes": 8, "depth": 3, "topk": 3}, "dtype": "float32", "device": "cpu", "threads": 1}

@@ -7,8 +7,8 @@ import httpx2
 import pytest
 from tiny_data import write_jsonl
 
-from confu import questions
-from confu.questions import Question, load_suite
+from confu.bench import questions
+from confu.bench.questions import Question, load_suite
 
 CATEGORIES = ["writing", "coding", "translation", "qa", "rag"]
 

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from confu.config import TrainConfig, load_toml, to_json
 from confu.models import load_target_config
-from confu.rehearse import plan_facts
-from confu.start import eagle3_config
 from confu.target import Target
+from confu.training.rehearse import plan_facts
+from confu.training.start import eagle3_config
 
 RECIPES = sorted((Path(__file__).resolve().parent.parent / "recipes").glob("*.toml"))
 LLAMA = {

@@ -9,18 +9,18 @@ import pytest
 from naive import build_draft
 from tiny_data import END, ROWS, SENTENCES, byte_tokenizer, taught_target, write_jsonl
 
-import confu.regenerate
-import confu.remote
+import confu.data.regenerate
+import confu.data.remote
 from confu import cli
 from confu.config import RegenerateConfig, SamplingConfig
-from confu.conversations import Answer, Conversation, as_row, context, is_open, read_conversations, turns_of
-from confu.documents import Document, tokenize_row
+from confu.data.conversations import Answer, Conversation, as_row, context, is_open, read_conversations, turns_of
+from confu.data.documents import Document, tokenize_row
+from confu.data.regenerate import DecoderEngine, regenerate
+from confu.data.remote import ServerEngine
+from confu.data.rows import Rows
 from confu.drafter import TreeDrafter
 from confu.generate import Decoder
 from confu.load import encode_chat
-from confu.regenerate import DecoderEngine, regenerate
-from confu.remote import ServerEngine
-from confu.rows import Rows
 
 TOKENIZER = byte_tokenizer()
 PROMPTS = [{"prompt": str(number % 6) * (1 + number // 6)} for number in range(13)]
@@ -169,7 +169,7 @@ def test_killed_run_goes_on_as_if_it_had_not_been(rows_before, tmp_path, monkeyp
         written.append(conversation.id)
         return as_row(conversation, answers)
 
-    monkeypatch.setattr(confu.regenerate, "as_row", killed)
+    monkeypatch.setattr(confu.data.regenerate, "as_row", killed)
     with pytest.raises(KeyboardInterrupt):
         run(file, parts)
     monkeypatch.undo()
@@ -312,7 +312,7 @@ def server(monkeypatch):
 
     for name in ("OPENAI_API_KEY", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(confu.remote, "RETRY_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(confu.data.remote, "RETRY_SECONDS", (0.0, 0.0, 0.0))
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
         thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()

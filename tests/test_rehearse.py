@@ -10,14 +10,15 @@ import torch
 from tiny_data import ROWS, VOCAB, byte_tokenizer, tiny_llama, write_jsonl
 from torch.utils.flop_counter import FlopCounterMode
 
-from confu import cli, rehearse
+from confu import cli
 from confu.config import FUTURE_FORMS, TrainConfig
-from confu.cost import memory_estimate, parameters_by_group, step_flops
-from confu.data import Corpus, collate
-from confu.documents import Document
-from confu.objective import losses
-from confu.start import add_contemplation, new_eagle3
+from confu.data.corpus import Corpus, collate
+from confu.data.documents import Document
 from confu.target import Target
+from confu.training import rehearse
+from confu.training.cost import memory_estimate, parameters_by_group, step_flops
+from confu.training.objective import losses
+from confu.training.start import add_contemplation, new_eagle3
 
 WIDTH, INNER, HEADS, KV_HEADS, HEAD, LAYERS = 48, 64, 4, 2, 12, 8  # tiny_llama's
 DRAFT_VOCAB, SOFT, STEPS = 200, 4, 3

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from confu import cli
-from confu.chart import CSS, Series, line_chart, standalone
-from confu.report import read_metrics, read_run, read_runs, summary, write_report
+from confu.pages.chart import CSS, Series, line_chart, standalone
+from confu.training.report import read_metrics, read_run, read_runs, summary, write_report
 
 SVG = {"svg": "http://www.w3.org/2000/svg"}
 CONFIG = {"method": "eagle3", "out": "x", "init": None, "steps": 40, "ttt_steps": 2, "step_decay": 0.8, "lr": 1e-3}

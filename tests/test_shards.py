@@ -10,15 +10,15 @@ import pytest
 import torch
 from tiny_data import CHATML, END, ROWS, byte_tokenizer, taught_target, tiny_draft, write_jsonl
 
-import confu.shards
+import confu.data.shards
 from confu import cli
 from confu.config import TrainConfig
-from confu.data import Corpus, check_vocabulary, collate, epoch_plan, read_corpus
-from confu.documents import Document, tokenizer_fingerprint
-from confu.schedule import step_plan
-from confu.shards import Shards, coverage, prepare, sample
-from confu.train import train
-from confu.view import supervised_view
+from confu.data.corpus import Corpus, check_vocabulary, collate, epoch_plan, read_corpus
+from confu.data.documents import Document, tokenizer_fingerprint
+from confu.data.shards import Shards, coverage, prepare, sample
+from confu.terminal.view import supervised_view
+from confu.training.schedule import step_plan
+from confu.training.train import train
 
 TOKENIZER = byte_tokenizer()
 CHATS = [
@@ -99,8 +99,10 @@ def test_training_reads_a_folder_as_it_reads_the_files(tmp_path):
 
 def test_shards_stay_within_their_size(chats, tmp_path, monkeypatch):
     sizes = []
-    pack = confu.shards._pack
-    monkeypatch.setattr(confu.shards, "_pack", lambda docs: sizes.append([len(d.tokens) for d in docs]) or pack(docs))
+    pack = confu.data.shards._pack
+    monkeypatch.setattr(
+        confu.data.shards, "_pack", lambda docs: sizes.append([len(d.tokens) for d in docs]) or pack(docs)
+    )
     prepared(chats, tmp_path / "out", shard_tokens=70)
     assert all(sum(lengths) <= 70 or len(lengths) == 1 for lengths in sizes)
     assert any(len(lengths) > 1 for lengths in sizes)
@@ -125,7 +127,7 @@ def test_index_says_what_is_there(chats, tmp_path):
 
 
 def test_interrupted_prepare_leaves_nothing(chats, tmp_path, monkeypatch):
-    save, calls = confu.shards.save_file, []
+    save, calls = confu.data.shards.save_file, []
 
     def interrupted(tensors, path):
         calls.append(path)
@@ -133,7 +135,7 @@ def test_interrupted_prepare_leaves_nothing(chats, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         save(tensors, path)
 
-    monkeypatch.setattr(confu.shards, "save_file", interrupted)
+    monkeypatch.setattr(confu.data.shards, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepared(chats, tmp_path / "out")
     assert calls[0].parent == tmp_path / "out.partial"

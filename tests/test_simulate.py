@@ -4,8 +4,7 @@ import pytest
 from made_rows import TREE, results, row
 from test_bench import bench_run, home, settled  # noqa: F401 (fixtures)
 
-from confu.bench_tables import find
-from confu.simulate import (
+from confu.bench.simulate import (
     H100,
     MODELS,
     Hardware,
@@ -19,6 +18,7 @@ from confu.simulate import (
     prediction_table,
     rows_of,
 )
+from confu.bench.tables import find
 
 POINTS = [[1, 0, 1.0], [4, 0, 4.0], [8, 0, 12.0], [1, 10, 2.0], [4, 10, 5.0], [8, 10, 13.0]]
 

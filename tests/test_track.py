@@ -8,7 +8,7 @@ from unittest.mock import Mock, call
 
 import pytest
 
-from confu.track import open_tracker
+from confu.training.track import open_tracker
 
 REPORT = {"step": 10, "loss": 2.5, "kl": [1.0, 2.0], "accuracy": [0.5, 0.25], "tokens_per_second": 300.0}
 EVALUATION = {"step": 10, "tau": 2.0, "chain_tau": None, "acceptance": [0.6, None]}

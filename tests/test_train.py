@@ -14,21 +14,21 @@ import torch
 from safetensors.torch import load_file
 from tiny_data import ROWS, VOCAB, byte_tokenizer, taught_target, tiny_draft, tiny_recipe, write_jsonl
 
-from confu import runs
 from confu.config import FUTURE_FORMS, SamplingConfig, TrainConfig, TreeConfig, to_json
 from confu.contemplate import Mixture
-from confu.data import Batch, read_corpus
+from confu.data.corpus import Batch, read_corpus
 from confu.draft import DraftModel
 from confu.drafter import TreeDrafter
 from confu.generate import Decoder
-from confu.objective import losses
-from confu.optimise import Trainer, parameter_groups, set_learning_rates
-from confu.parallel import World
-from confu.runs import Interrupts
-from confu.start import add_contemplation, new_eagle3
 from confu.stats import Stats
-from confu.track import Tracker
-from confu.train import train
+from confu.training import runs
+from confu.training.objective import losses
+from confu.training.optimise import Trainer, parameter_groups, set_learning_rates
+from confu.training.parallel import World
+from confu.training.runs import Interrupts
+from confu.training.start import add_contemplation, new_eagle3
+from confu.training.track import Tracker
+from confu.training.train import train
 
 TOKENIZER = byte_tokenizer()
 PROMPTS = [

@@ -4,7 +4,7 @@ import pytest
 
 from confu.generate import Token
 from confu.stats import Stats
-from confu.view import TokenView, facts, first_difference, summary
+from confu.terminal.view import TokenView, facts, first_difference, summary
 
 
 def token(text: str, *, drafted: bool = False, rejected: tuple[int, ...] = ()) -> Token:

@@ -10,8 +10,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from confu.config import TrainConfig
-from confu.data import collate
-from confu.documents import Document, tokenize_row
+from confu.data.corpus import collate
+from confu.data.documents import Document, tokenize_row
 from confu.draft import DraftModel
 from confu.target import Target
 

@@ -10,7 +10,7 @@ from cyclopts import App, Group, Parameter
 
 from confu import __version__
 from confu.config import SamplingConfig, TreeConfig
-from confu.terminal import Stages, Terminal
+from confu.terminal.screen import Stages, Terminal
 
 if TYPE_CHECKING:
     from confu.generate import Decoder

@@ -9,10 +9,10 @@ from typing import Annotated
 
 from cyclopts import Group, Parameter
 
+from confu.bench.questions import SPEC_BENCH, load_suite
 from confu.commands.app import INTERRUPTED, OUTPUT, TREE, Device, Dtype, Output, TargetName, Tree, app, complain
 from confu.config import BenchConfig
-from confu.questions import SPEC_BENCH, load_suite
-from confu.terminal import Stages, Terminal
+from confu.terminal.screen import Stages, Terminal
 
 MEASURED = Group.create_ordered("Measurement")
 Drafts = Annotated[
@@ -77,10 +77,10 @@ def bench(
     found = load_suite(suite, questions, limit)
     with Stages(terminal) as progress:
         progress.wait("starting")
-        from confu.bench import describe, run_bench
-        from confu.methods import choose_drafts, load_methods, sweep_trees
-        from confu.peer import open_peers
-        from confu.round_costs import measure
+        from confu.bench.methods import choose_drafts, load_methods, sweep_trees
+        from confu.bench.peer import open_peers
+        from confu.bench.round_costs import measure
+        from confu.bench.run import describe, run_bench
 
         wanted = [word.strip() for word in (methods or "").split(",") if word.strip()]
         trees = sweep_trees(tree, sweep)
@@ -103,10 +103,10 @@ def bench(
 
 def show_results(terminal: Terminal, path: Path, out: Path) -> bool:
     """The report into ``out``, the table or the document on stdout; whether all answers are the target's."""
-    from confu.bench_report import write_report
-    from confu.bench_tables import conditions, document, find, overall_table, ratio_lines
-    from confu.equality import compare
-    from confu.results import read_results
+    from confu.bench.equality import compare
+    from confu.bench.report import write_report
+    from confu.bench.results import read_results
+    from confu.bench.tables import conditions, document, find, overall_table, ratio_lines
 
     results = read_results(path)
     findings = find(results, compare(results))

@@ -27,11 +27,11 @@ from confu.commands.app import (
 )
 from confu.config import RegenerateConfig, TrainConfig
 from confu.models import DEFAULT_TARGET
-from confu.terminal import Stages
-from confu.view import prepared_view, regenerated_line, supervised_view
+from confu.terminal.screen import Stages
+from confu.terminal.view import prepared_view, regenerated_line, supervised_view
 
 if TYPE_CHECKING:
-    from confu.regenerate import Engine
+    from confu.data.regenerate import Engine
 
 data = App(name="data", help="Prepare training data, and let the target answer its prompts anew.")
 app.command(data)
@@ -72,7 +72,7 @@ def prepare(
     terminal = output.terminal()
     with Stages(terminal) as progress:
         progress.wait("starting")
-        from confu import shards
+        from confu.data import shards
         from confu.models import load_tokenizer
 
         tokenizer = load_tokenizer(target, progress=progress)
@@ -146,7 +146,7 @@ def regenerate(
     if engine == "openai":
         if base_url is None:
             raise ValueError("--engine openai needs --base-url, the server's address up to and with /v1.")
-        from confu.remote import ServerEngine
+        from confu.data.remote import ServerEngine
 
         answering = ServerEngine(base_url, settings, model=model, concurrency=concurrency)
         answered_by["model"] = answering.model
@@ -154,12 +154,12 @@ def regenerate(
         if draft is None and tree != TREE:
             raise ValueError("Without a draft there is no tree; add --draft, or leave the tree's options out.")
         decoder, names = load(terminal, draft, target, dtype, device, tree, no_draft=draft is None)
-        from confu.regenerate import DecoderEngine
+        from confu.data.regenerate import DecoderEngine
 
         answering = DecoderEngine(decoder, settings)
         names.pop("device")
         answered_by |= names | ({"tree": dataclasses.asdict(tree)} if draft else {})
-    from confu import regenerate as run
+    from confu.data import regenerate as run
 
     try:
         with Stages(terminal) as progress:

@@ -24,8 +24,8 @@ from confu.commands.app import (
     app,
     load,
 )
-from confu.terminal import read_prompt
-from confu.view import TokenView, summary
+from confu.terminal.screen import read_prompt
+from confu.terminal.view import TokenView, summary
 
 if TYPE_CHECKING:
     from confu.generate import Decoder
@@ -82,7 +82,7 @@ def generate(
     if compare and no_draft:
         raise ValueError("--compare sets a draft against the plain target; leave out --no-draft.")
     decoder, names = load(terminal, draft, target, dtype, device, tree, no_draft=no_draft)
-    from confu import talk
+    from confu.terminal import talk
 
     talk.warn_without_effect(terminal, decoder, sampling)
     ids = _encode(decoder, text, system, raw=raw)
@@ -146,7 +146,7 @@ def chat(
     """
     terminal = output.terminal()
     decoder, names = load(terminal, draft, target, dtype, device, tree, no_draft=no_draft)
-    from confu import talk
+    from confu.terminal import talk
 
     talk.warn_without_effect(terminal, decoder, sampling)
     if terminal.interactive:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from confu.commands.app import OUTPUT, Output, app
-from confu.terminal import Stages
+from confu.terminal.screen import Stages
 
 
 @app.command(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from confu.commands.app import OUTPUT, TREE, Device, DraftName, Output, TargetName, Tree, app, load
-from confu.terminal import Stages
-from confu.view import facts, lossless_view
+from confu.terminal.screen import Stages
+from confu.terminal.view import facts, lossless_view
 
 
 @app.command

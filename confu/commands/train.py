@@ -15,8 +15,8 @@ from cyclopts import Parameter
 from confu.commands.app import INTERRUPTED, MODEL, OUTPUT, Device, Dtype, Output, OutputConfig, app, complain
 from confu.config import TrainConfig, load_toml
 from confu.models import DEFAULT_TARGET
-from confu.terminal import Stages, Terminal, TrainingBoard
-from confu.view import facts, throughput_view
+from confu.terminal.screen import Stages, Terminal, TrainingBoard
+from confu.terminal.view import facts, throughput_view
 
 
 def _documented(cls: type) -> dict[str, Any]:
@@ -58,9 +58,9 @@ def train(
         return _rehearse(terminal, config, device)
     with Stages(terminal) as progress, contextlib.ExitStack() as stack:
         progress.wait("starting")
-        from confu import parallel
         from confu.load import find_device, load_target
-        from confu.train import train as run_training
+        from confu.training import parallel
+        from confu.training.train import train as run_training
 
         place = parallel.local_device(find_device(device))
         world = stack.enter_context(parallel.join(place))
@@ -104,9 +104,9 @@ def _rehearse(terminal: Terminal, config: TrainConfig, device: str) -> int:
     """`train --dry-run`: what the configurations say at once, then what some steps on the recipe's data take."""
     with Stages(terminal) as progress:
         progress.wait("starting")
-        from confu import rehearse
         from confu.load import find_device, load_target
         from confu.models import target_path
+        from confu.training import rehearse
 
         for sentence in config.without_effect():
             terminal.say(sentence)
@@ -152,8 +152,8 @@ def bench_train(
     terminal = output.terminal()
     with Stages(terminal) as progress:
         progress.wait("starting")
-        from confu import rehearse
         from confu.load import find_device, find_dtype, load_target
+        from confu.training import rehearse
 
         place = find_device(device)
         config = TrainConfig(
@@ -203,7 +203,7 @@ def report(
             raise ValueError(f"{len(runs)} runs were given; a results.jsonl is reported alone.")
         show_results(terminal, runs[0], out or runs[0].parent)
         return
-    from confu.report import read_runs, summary, write_report
+    from confu.training.report import read_runs, summary, write_report
 
     found = read_runs(runs)
     page, *charts = write_report(found, out or runs[0] / "report")

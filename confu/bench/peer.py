@@ -1,0 +1,154 @@
+"""Other engines on the same weights, prompts and machine, each in a process and an environment of its own.
+
+An adapter in peers/ runs there; requests and answers are lines of JSON. Every peer reads token ids and gives token ids,
+and measures its own seconds, so that neither templates nor this pipe come between the engines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from confu.bench.answers import Answer, DecoderEngine
+from confu.bench.methods import Draft, Method
+from confu.config import SamplingConfig, TreeConfig
+from confu.models import draft_path, target_path
+
+ADAPTERS = Path(__file__).parent / "peers"
+REFERENCE = "eagle3-reference"
+PEERS = {
+    "transformers": ("hf", ("plain", "lookup", "assisted")),
+    "llama.cpp": ("llamacpp", ("plain", "lookup")),
+    "vllm": ("vllm_engine", ("plain", "lookup", "eagle3")),
+    REFERENCE: ("eagle3_rule", ("eagle3",)),
+}
+"""Adapter and ways to decode of each peer."""
+NEEDED = {
+    ("transformers", "assisted"): "a smaller model of the same vocabulary, as --peer transformers=PYTHON,MODEL",
+    ("llama.cpp", "plain"): "the GGUF file, as --peer llama.cpp=PYTHON,FILE",
+    ("llama.cpp", "lookup"): "the GGUF file, as --peer llama.cpp=PYTHON,FILE",
+    ("vllm", "eagle3"): "the exported draft, as --peer vllm=PYTHON,FOLDER",
+    (REFERENCE, "eagle3"): "an eagle3 draft among the methods",
+}
+"""Models beside the target that some of them read."""
+
+
+class PeerMissing(RuntimeError):
+    """A peer cannot run here; the message is one sentence."""
+
+
+class PeerEngine:
+    """A running peer. Raises PeerMissing when its environment lacks it, or it cannot load the model."""
+
+    def __init__(self, python: str, adapter: str, settings: dict[str, Any]) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": str(settings["threads"]), "OMP_WAIT_POLICY": "passive"}
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process is)
+        try:
+            self._process = subprocess.Popen(
+                [python, str(ADAPTERS / "serve.py"), adapter, json.dumps(settings)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                env=environment,
+                text=True,
+            )
+        except OSError as error:
+            raise PeerMissing(f"{python} cannot be run ({error.strerror})") from None
+        try:
+            self.facts: dict[str, Any] = self._reply()["facts"]
+        except RuntimeError as error:
+            self.close()
+            raise PeerMissing(str(error)) from None
+
+    def answer(self, prompts: Sequence[list[int]], sampling: SamplingConfig) -> list[Answer]:
+        """Raises RuntimeError with the peer's own words when it fails."""
+        return [self._answer(prompt, sampling) for prompt in prompts]
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            with suppress(BrokenPipeError):  # a request that it did not live to read
+                stream.close()
+
+    def _answer(self, prompt: list[int], sampling: SamplingConfig) -> Answer:
+        request = {name: getattr(sampling, name) for name in ("max_new_tokens", "temperature", "seed")}
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it has ended; what it said last is told below
+            self._process.stdin.write(json.dumps({"prompt": prompt, **request}) + "\n")
+            self._process.stdin.flush()
+        return Answer(**self._reply())
+
+    def _reply(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._errors.seek(0)
+            last = self._errors.read().decode(errors="replace").strip().splitlines()[-1:]
+            raise RuntimeError(f"its process ended{': ' if last else ''}{''.join(last)}")
+        reply = json.loads(line)
+        if "error" in reply:
+            raise RuntimeError(reply["error"])
+        return reply
+
+
+@contextmanager
+def open_peers(
+    given: Sequence[str], drafts: Sequence[Draft], target: str, tree: TreeConfig, plain: Method
+) -> Iterator[tuple[list[Method], list[str]]]:
+    """Methods of the peers NAME[=PYTHON[,MODEL]] while their processes run, and a sentence for each that cannot.
+
+    PYTHON is the interpreter of the peer's environment, ours without one. MODEL is the GGUF file of llama.cpp, the
+    assistant of transformers, the exported draft of vLLM. ``plain`` is our own plain decoding, whose precision, device
+    and threads they take. Raises ValueError for a peer that is not known.
+    """
+    unknown = next((word for word in given if word.partition("=")[0] not in PEERS), None)
+    if unknown is not None:
+        raise ValueError(f"--peer names {unknown!r}; give some of {', '.join(PEERS)}, as NAME=PYTHON,MODEL.")
+    assert isinstance(plain.engine, DecoderEngine)
+    model = plain.engine.decoder.target.model
+    settings = {
+        "target": target_path(target) if given else "",
+        "depth": tree.depth,
+        "tree": {"nodes": tree.nodes, "depth": tree.depth, "topk": tree.topk},
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "threads": torch.get_num_threads(),
+    }
+    eagle3 = next((draft.path for draft in drafts if draft.kind == "eagle3"), None)
+    methods: list[Method] = []
+    skipped: list[str] = []
+    with ExitStack() as running:
+        for word in given:
+            name, _, place = word.partition("=")
+            python, _, file = place.partition(",")
+            if name == REFERENCE:
+                file = str(draft_path(eagle3)) if eagle3 else ""
+            adapter, kinds = PEERS[name]
+            for kind in kinds:
+                method = name if kind == "plain" or name == REFERENCE else f"{name}-{kind}"
+                if not file and (name, kind) in NEEDED:
+                    skipped.append(f"{method} is left out: it needs {NEEDED[name, kind]}.")
+                    continue
+                try:
+                    engine = PeerEngine(python or sys.executable, adapter, settings | {"variant": kind, "model": file})
+                except PeerMissing as error:
+                    skipped.append(f"{method} is left out: {error}.")
+                    continue
+                running.callback(engine.close)
+                facts = {"engine": name, "kind": kind, **engine.facts}
+                facts |= {"model": Path(file).name} if (name, kind) in NEEDED else {}
+                facts |= {"tree": settings["tree"]} if name == REFERENCE else {}
+                methods.append(Method(method, engine, facts))
+        yield methods, skipped

@@ -1,0 +1,164 @@
+"""The files of a benchmark run: results.jsonl, one row for each answer, and run.json, how and on what it was measured.
+
+results.jsonl only grows. An interrupted run goes on where it was, a row that a kill left half written is dropped, and
+the last of several rows for one answer counts. Prompts are not in it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from confu.bench.questions import Question
+
+SCHEMA_VERSION = 1
+PLAIN = "plain"  # the method that all others are held against
+OURS = "confu"  # the engine, beside those of peers
+GROWING = ("methods", "num_questions", "repeats", "commits", "costs", "date")
+"""What a later call may add to in run.json; all else must stay as it was begun."""
+
+Row = dict[str, Any]
+Key = tuple[str, int, str, int]
+
+
+@dataclass(frozen=True)
+class Results:
+    """A finished, or interrupted, run."""
+
+    run: dict[str, Any]
+    rows: list[Row]
+    """One for each question, turn, method and repeat; ``error`` says why one has no answer."""
+
+
+def key(row: Row) -> Key:
+    return row["question"], row["turn"], row["method"], row["repeat"]
+
+
+def answered(rows: Sequence[Row], method: str) -> list[Row]:
+    """A method's rows that hold an answer."""
+    return [row for row in rows if row["method"] == method and row["error"] is None]
+
+
+def read_results(path: Path) -> Results:
+    """A results.jsonl (or .jsonl.gz) with the run.json beside it. Raises ValueError for a file that is no such."""
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        run = json.loads((path.parent / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"{path} and the run.json beside it cannot be read ({reason}); give the results.jsonl of `confu bench`."
+        ) from None
+    _check_schema(path.parent / "run.json", run)
+    rows, _ = _parse(path, data)
+    if not rows:
+        raise ValueError(f"{path} holds no row yet; the first comes with the first answer.")
+    return Results(run, rows)
+
+
+class ResultsWriter:
+    """Appends rows to OUT/results.jsonl; knows which were there before."""
+
+    def __init__(self, out: Path, run: dict[str, Any]) -> None:
+        """Raises ValueError where ``out`` cannot be written, or was begun with something else than ``run``."""
+        self.path = out / "results.jsonl"
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            self.run = _same_run(out / "run.json", run)
+            before: list[Row] = []
+            if self.path.exists():
+                before, num_whole_bytes = _parse(self.path, self.path.read_bytes())
+                with self.path.open("r+b") as file:
+                    file.truncate(num_whole_bytes)
+            self._file = self.path.open("a", encoding="utf-8")
+            _write(out / "run.json", self.run)
+        except OSError as error:
+            raise ValueError(f"{out} cannot be written ({error.strerror}); give another folder with --out.") from None
+        self._done = {key(row) for row in before if row["error"] is None}
+
+    def __enter__(self) -> ResultsWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def is_done(self, question: Question, method: str, repeat: int) -> bool:
+        return all((question.id, turn, method, repeat) in self._done for turn in range(len(question.turns)))
+
+    def write(self, row: Row) -> None:
+        self._file.write(json.dumps({"schema_version": SCHEMA_VERSION, **row}, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+
+def _same_run(path: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """What run.json is to hold: ``run``, and the methods and commits that it has had before."""
+    run = json.loads(json.dumps({"schema_version": SCHEMA_VERSION, **run}))
+    if not path.exists():
+        return run
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{path} is not valid JSON; give another folder with --out.") from None
+    _check_schema(path, begun)
+    for name in run:
+        if name not in GROWING and begun.get(name) != run[name]:
+            raise ValueError(
+                f"{path.parent} was begun with {_difference(name, begun.get(name), run[name])}; "
+                "give what it was begun with, or another --out."
+            )
+    for name, facts in run["methods"].items():
+        if name in begun["methods"] and begun["methods"][name] != facts:
+            raise ValueError(
+                f"{path.parent} already measured another {name} "
+                f"({_difference(name, begun['methods'][name], facts)}); name this one NAME=PATH, or give another --out."
+            )
+    run = {"costs": begun.get("costs")} | run
+    run["methods"] = begun["methods"] | run["methods"]
+    run["commits"] = [*begun["commits"], *(commit for commit in run["commits"] if commit not in begun["commits"])]
+    run["num_questions"] = max(begun["num_questions"], run["num_questions"])
+    run["repeats"] = max(begun["repeats"], run["repeats"])
+    return run
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    """The first place where two settings differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        inner = next(part for part in before | now if before.get(part) != now.get(part))
+        return _difference(f"{name}: {inner}", before.get(inner), now.get(inner))
+    return f"{name} {before!r}, not {now!r}"
+
+
+def _check_schema(path: Path, run: Any) -> None:
+    found = run.get("schema_version") if isinstance(run, dict) else None
+    if found != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has schema_version {found}, but this version reads {SCHEMA_VERSION}; measure again into another "
+            "folder, or read it with the version that wrote it."
+        )
+
+
+def _parse(path: Path, data: bytes) -> tuple[list[Row], int]:
+    """The rows, the last of each answer, and how many bytes are whole lines."""
+    rows: dict[Key, Row] = {}
+    num_whole_bytes = 0
+    for number, line in enumerate(data.splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            row = json.loads(line)
+            _check_schema(path, row)
+            rows[key(row)] = row
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError):
+            raise ValueError(f"{path}, line {number} is no row of a benchmark; remove that line.") from None
+        num_whole_bytes += len(line)
+    return list(rows.values()), num_whole_bytes
+
+
+def _write(path: Path, run: dict[str, Any]) -> None:
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)

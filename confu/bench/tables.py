@@ -1,0 +1,265 @@
+"""The numbers of a benchmark run as tables of text: one form for the terminal, for Markdown and for the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from confu.bench.equality import Comparison, Difference, failures
+from confu.bench.metrics import Interval, Summary, summarise, tasks_of, tau_ratio
+from confu.bench.results import OURS, PLAIN, Results
+from confu.pages.page import NONE, number
+
+SHAPE = ("nodes", "depth", "topk")
+
+
+@dataclass(frozen=True)
+class Table:
+    caption: str
+    header: list[str]
+    rows: list[list[str]]
+
+    def text(self) -> str:
+        """Columns for a terminal, however narrow: nothing is cut."""
+        lines = [self.header, *self.rows]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(self.header))]
+        return "\n".join(
+            "  ".join(cell.rjust(width) if column else cell.ljust(width)
+                      for column, (cell, width) in enumerate(zip(line, widths, strict=True)))
+            for line in lines
+        )  # fmt: skip
+
+    def markdown(self) -> str:
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that the tables, the page and the JSON document show, computed once."""
+
+    results: Results
+    overall: dict[str, Summary]
+    by_task: dict[str, dict[str, Summary]]
+    compared: dict[str, Comparison]
+    failures: list[str]
+    tau_ratios: dict[str, tuple[float, Interval]]
+    """By the same tree, under "method / method": ConFu's tau over EAGLE-3's, and ours over the reference's."""
+
+    @property
+    def speculative(self) -> list[str]:
+        """Methods that are not the plain decoding of their engine."""
+        return [name for name in self.overall if self.results.run["methods"][name]["kind"] != PLAIN]
+
+    @property
+    def differences(self) -> list[Difference]:
+        return [difference for found in self.compared.values() for difference in found.differences]
+
+
+def find(results: Results, compared: dict[str, Comparison]) -> Findings:
+    return Findings(
+        results,
+        overall=summarise(results),
+        by_task={task: summarise(results, task) for task in tasks_of(results)},
+        compared=compared,
+        failures=failures(results, compared),
+        tau_ratios=_tau_ratios(results),
+    )
+
+
+def document(findings: Findings) -> dict[str, Any]:
+    """What ``--json`` prints."""
+
+    def plain(summaries: dict[str, Summary]) -> dict[str, Any]:
+        return {name: asdict(summary) for name, summary in summaries.items()}
+
+    methods, greedy = plain(findings.overall), findings.results.run["temperature"] == 0
+    differences = [asdict(difference) for difference in findings.differences]
+    for name, found in findings.compared.items():
+        if name in methods:
+            methods[name] |= {
+                "num_compared": found.num_compared,
+                "num_diverged": len(found.differences) if greedy else None,
+                "num_ties": sum(difference.is_tie for difference in found.differences) if greedy else None,
+                "first_token_p": found.first_token_p,
+                "length_p": found.length_p,
+            }
+    return {
+        "methods": methods,
+        "by_task": {task: plain(summaries) for task, summaries in findings.by_task.items()},
+        "tau_ratios": {pair: {"ratio": ratio, "interval": span} for pair, (ratio, span) in findings.tau_ratios.items()},
+        "differences": [{k: v for k, v in one.items() if k not in ("text", "plain_text")} for one in differences],
+        "failures": findings.failures,
+    }
+
+
+def overall_table(findings: Findings) -> Table:
+    header = ["method", "tokens/s", "speed-up", "95 %", "tau", "95 %", equality_header(findings.results), "failed"]
+    speculative = findings.speculative
+    rows = [
+        [
+            name,
+            number(found.tokens_per_second, 1),
+            number(found.speedup, 2),
+            span(found.speedup_interval) if name in speculative else NONE,
+            number(found.mean_acceptance_length, 2),
+            span(found.mean_acceptance_length_interval) if name in speculative else NONE,
+            equality_cell(findings.compared.get(name)),
+            str(found.num_failed or NONE),
+        ]
+        for name, found in findings.overall.items()
+    ]
+    return Table("All tasks", header, rows)
+
+
+def by_task_table(findings: Findings, caption: str, value: str) -> Table:
+    """Every method by task, with intervals; ``value`` names a field of `Summary` that has one."""
+    rows = [
+        [name, *(with_interval(summaries.get(name), value) for summaries in findings.by_task.values())]
+        for name in findings.speculative
+    ]
+    return Table(caption, ["method", *findings.by_task], [row for row in rows if set(row[1:]) != {NONE}])
+
+
+def means_table(findings: Findings) -> Table:
+    """Other ways to average, as other benchmarks do it, beside ours."""
+    header = ["method", "tokens/s", "mean of questions", "speed-up", "ratio of means", "tau", "mean of questions",
+              "without bonus"]  # fmt: skip
+    rows = [
+        [
+            name,
+            number(found.tokens_per_second, 1),
+            number(found.tokens_per_second_mean, 1),
+            number(found.speedup, 3),
+            number(found.speedup_mean, 3),
+            number(found.mean_acceptance_length, 3),
+            number(found.mean_acceptance_length_by_question, 3),
+            number(found.mean_accepted_drafts, 3),
+        ]
+        for name, found in findings.overall.items()
+    ]
+    return Table("Pooled, and as means over questions", header, rows)
+
+
+def depth_table(findings: Findings) -> Table:
+    depths = range(max((len(found.acceptance_per_depth) for found in findings.overall.values()), default=0))
+    rows = [
+        [name, *(number(at(found.acceptance_per_depth, depth), 3) for depth in depths)]
+        for name, found in findings.overall.items()
+        if found.acceptance_per_depth
+    ]
+    header = ["method", *(f"depth {depth + 1}" for depth in depths)]
+    return Table("Share of rounds that accept a depth, among those that accepted all before", header, rows)
+
+
+def time_table(findings: Findings) -> Table:
+    rows = []
+    for name, found in findings.overall.items():
+        tells = found.num_rounds > 0 and found.seconds["target"] > 0
+        parts = [found.seconds[part] for part in ("target", "draft", "other")]
+        cells = [number(1000 * seconds / found.num_rounds if tells else None, 1) for seconds in parts]
+        peak = number(found.peak_bytes / 2**20 if found.peak_bytes else None, 0)
+        rows.append([name, *cells, number(found.seconds["prefill"] / max(1, found.num_answers), 2), peak])
+    header = ["method", "target, ms a round", "draft", "other", "prefill, s an answer", "peak memory, MiB"]
+    return Table("Where the time goes", header, rows)
+
+
+def differences_table(findings: Findings, most: int = 100) -> Table:
+    rows = [
+        [
+            difference.method,
+            difference.question,
+            difference.task,
+            str(difference.turn + 1),
+            str(difference.repeat + 1),
+            str(difference.position + 1),
+            NONE if difference.gap is None else f"{difference.gap:.2g}",
+            verdict(findings.results, difference),
+        ]
+        for difference in findings.differences[:most]
+    ]
+    header = ["method", "question", "task", "turn", "repeat", "token", "top-2 gap", ""]
+    return Table("Answers that differ from the plain target's", header, rows)
+
+
+def ratio_lines(findings: Findings) -> list[str]:
+    return [
+        f"tau of {pair.replace(' / ', ' over tau of ')}, same tree: {ratio:.3f}{f' ({span(found)})' if found else ''}"
+        for pair, (ratio, found) in findings.tau_ratios.items()
+    ]
+
+
+def conditions(results: Results) -> str:
+    """One sentence: how and on what it was measured."""
+    run = results.run
+    machine, commit = run["machine"], run["commits"][-1]
+    shapes = {tuple(tree[field] for field in SHAPE) for tree in _trees(results)}
+    tree = (
+        "trees as named, " if len(shapes) > 1 else "".join("{} nodes, depth {}, top-k {}, ".format(*s) for s in shapes)
+    )
+    repeats = f", {run['repeats']} repeats" if run["repeats"] > 1 else ""
+    turns = len({(row["question"], row["turn"]) for row in results.rows})
+    version = f"commit {commit['commit'][:10]}" if commit["commit"] else f"version {machine['confu']}"
+    return (
+        f"{len({row['question'] for row in results.rows})} questions ({turns} turns) of {run['suite']}{repeats}, "
+        f"{run['target']} in {run['dtype']}, temperature {run['temperature']:g}, at most {run['max_new_tokens']} new "
+        f"tokens, {tree}batch {run['batch_size']}, seed {run['seed']}; {machine['cpu']}, {machine['threads']} "
+        f"threads, {run['device']}, torch {machine['torch']}, transformers {machine['transformers']}, "
+        f"{version}{' (modified)' if commit['modified'] else ''}, {run['date']}."
+    )
+
+
+def equality_header(results: Results) -> str:
+    return "differ" if results.run["temperature"] == 0 else "p: token, length"
+
+
+def equality_cell(found: Comparison | None) -> str:
+    if found is None or not found.num_compared:
+        return NONE
+    if found.first_token_p is not None and found.length_p is not None:
+        return f"{found.first_token_p:.2g}, {found.length_p:.2g}"
+    ties = sum(difference.is_tie for difference in found.differences)
+    rest = f" ({ties} at a tie)" if ties else ""
+    return f"{len(found.differences)} of {found.num_compared}{rest}"
+
+
+def verdict(results: Results, difference: Difference) -> str:
+    if difference.is_tie:
+        return "rounding tie"
+    if results.run["methods"][difference.method]["engine"] != OURS:
+        return "another engine"
+    return "MISTAKE" if results.run["dtype"] == "float32" else f"beyond a tie of float32; {results.run['dtype']} rounds"
+
+
+def span(interval: Interval) -> str:
+    return NONE if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}"
+
+
+def at(values: Sequence[float], index: int) -> float | None:
+    return values[index] if index < len(values) else None
+
+
+def _trees(results: Results) -> list[dict[str, Any]]:
+    return [facts["tree"] for facts in results.run["methods"].values() if "tree" in facts]
+
+
+def with_interval(found: Summary | None, value: str) -> str:
+    if found is None or getattr(found, value) is None:
+        return NONE
+    interval = getattr(found, f"{value}_interval")
+    return f"{getattr(found, value):.2f}{f' ({span(interval)})' if interval else ''}"
+
+
+def _tau_ratios(results: Results) -> dict[str, tuple[float, Interval]]:
+    facts = results.run["methods"]
+    trees = {name: {field: found["tree"][field] for field in SHAPE} for name, found in facts.items() if "tree" in found}
+    found = {}
+    for mine in trees:
+        for theirs in trees:
+            kinds = facts[mine]["kind"], facts[theirs]["kind"], facts[theirs]["engine"]
+            if kinds not in (("confu", "eagle3", OURS), ("eagle3", "eagle3", "eagle3-reference")):
+                continue
+            if mine != theirs and trees[mine] == trees[theirs] and (ratio := tau_ratio(results, mine, theirs)):
+                found[f"{mine} / {theirs}"] = ratio
+    return found
