@@ -22,6 +22,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "compatibility.md"
 ROWS = ROOT / "benchmarks" / "results" / "compatibility.json"
+VLLM = ROOT / "benchmarks" / "results" / "vllm.json"
 TABLE = re.compile(r"(<!-- compatibility:([\w-]+) -->\n).*?(<!-- /compatibility -->)", re.DOTALL)
 TESTS = ("test_families.py", "test_formats.py", "test_files.py", "test_hub.py", "test_target.py")
 
@@ -111,12 +112,30 @@ def formats(found: dict[str, Any]) -> str:
     return markdown(["format", "read", "written", "read by"], rows)
 
 
+def vllm(_: dict[str, Any]) -> str:
+    """What `engine_vllm.py` kept."""
+    run = json.loads(VLLM.read_text(encoding="utf-8"))
+    total = len(run["answers"])
+    row = [
+        f"vLLM {run['vllm']}, method eagle3, {run['chain']} tokens",
+        f"`{run['draft']}`",
+        f"{total - run['num_different']} of {total}",
+        f"{run['vllm_mean_acceptance_length']:.3f}",
+        f"{run['our_mean_acceptance_length']:.3f}",
+    ]
+    table = markdown(["engine", "draft", "same text", "its acceptance length", "ours"], [row])
+    return (
+        f"{table}\nGreedy, float32, {run['max_new_tokens']} new tokens; {run['machine']}, torch {run['torch']}, commit "
+        f"{run['commit'][:10]}, {run['date']}.\n"
+    )
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-TABLES = {"families": families, "refused": refused, "formats": formats}
+TABLES = {"families": families, "refused": refused, "formats": formats, "vllm": vllm}
 
 if __name__ == "__main__":
     sys.exit(main())

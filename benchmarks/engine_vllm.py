@@ -14,9 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
+import time
 import venv
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,6 +27,7 @@ from typing import Any
 from confu.config import SamplingConfig, TreeConfig
 from confu.formats.writing import export_draft
 from confu.generate import Decoder
+from confu.info import checkout
 from confu.load import encode_chat, load_decoder
 from confu.models import cache_dir, target_path
 from confu.stats import Stats
@@ -61,7 +65,18 @@ def main() -> int:
         export_draft(args.draft, folder, to="vllm")
         theirs = serve(python, target_path(draft.target), folder, ids, args.chain, args.max_new_tokens)
     found = compare(ours, theirs)
-    run = {"draft": args.draft, "vllm": theirs["vllm"], "chain": args.chain, "max_new_tokens": args.max_new_tokens}
+    commit, dirty = checkout(".")
+    run = {
+        "draft": args.draft,
+        "vllm": theirs["vllm"],
+        "chain": args.chain,
+        "max_new_tokens": args.max_new_tokens,
+        "commit": commit,
+        "dirty": dirty,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, cpu",
+        "torch": version("torch"),
+        "date": time.strftime("%Y-%m-%d"),
+    }
     ROWS.write_text(json.dumps(run | found, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(json.dumps({key: value for key, value in (run | found).items() if key != "answers"}) + "\n")
     return int(not found["agree"])

@@ -164,6 +164,8 @@ class DraftConfig:
     """Rotary embedding settings as in the target's config."""
     rms_norm_eps: float = 1e-5
     """Epsilon of the draft's norms."""
+    norm_before_residual: bool = False
+    """Whether the layer's residual is the normed hidden state (imported drafts) instead of the hidden state itself."""
     target_key_value_heads: int | None = None
     """Key-value heads of the target's layers (soft prompts), where they are not the draft's."""
     target_head_dim: int | None = None

@@ -164,8 +164,11 @@ class DraftModel(nn.Module):
         return self.keys_values(row, anchors + 1)
 
     def finish(self, hidden: Float[Tensor, "B R D"], attended: Float[Tensor, "B H R head"]) -> Float[Tensor, "B R D"]:
-        """Rest of the layer after attention. The residual is the un-normed ``hidden``; the result is recycled as is."""
+        """Rest of the layer after attention. The residual is the un-normed ``hidden``, unless the config says
+        otherwise; the result is recycled as is."""
         layer = self.midlayer
+        if self.config.norm_before_residual:
+            hidden = layer.hidden_norm(hidden)
         hidden = hidden + layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
         return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 

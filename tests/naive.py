@@ -45,13 +45,13 @@ def build_model(vocab_size: int = 64, *, seed: int = 0, spread: float = 0.3, **o
         return LlamaForCausalLM(config).float().eval().requires_grad_(False)
 
 
-METHODS = ("eagle3", "confu", "confu-kv", "confu-input", "confu-head")
+METHODS = ("eagle3", "eagle3-residual", "confu", "confu-kv", "confu-input", "confu-head")
 
 
 def build_draft(model: LlamaForCausalLM, method: str, *, draft_vocab_size: int | None = None, seed: int = 1):
     """A random draft; contemplation weights as large as they can leak, norm weights away from one.
 
-    ``method``: eagle3, confu (f as a row), or confu-kv, confu-input, confu-head.
+    ``method``: eagle3, confu (f as a row), or confu-kv, confu-input, confu-head; eagle3-residual has a normed residual.
     """
     method, _, form = method.partition("-")
     vocab_size = model.config.vocab_size
@@ -79,7 +79,7 @@ def build_draft(model: LlamaForCausalLM, method: str, *, draft_vocab_size: int |
             feature_layers=FEATURE_LAYERS,
             max_position_embeddings=CONTEXT,
             rope_parameters={"rope_type": "default", "rope_theta": 500.0},
-            **(confu if method == "confu" else {}),
+            **(confu if method == "confu" else {"norm_before_residual": form == "residual"}),
         )
     )
     rng = torch.Generator().manual_seed(seed)
@@ -330,7 +330,8 @@ class NaiveDraft:
             heads.append(
                 sum(weight * values[number // group] for weight, (_, values) in zip(weights, seen, strict=True))
             )
-        x = hidden + self.w["midlayer.self_attn.o_proj.weight"] @ torch.cat(heads)
+        residual = self.norm("midlayer.hidden_norm", hidden) if self.config.norm_before_residual else hidden
+        x = residual + self.w["midlayer.self_attn.o_proj.weight"] @ torch.cat(heads)
         y = self.norm("midlayer.post_attention_layernorm", x)
         gate, up = self.w["midlayer.mlp.gate_proj.weight"] @ y, self.w["midlayer.mlp.up_proj.weight"] @ y
         return x + self.w["midlayer.mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * up)

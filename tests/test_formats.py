@@ -214,6 +214,19 @@ def test_imported_draft_decodes_losslessly(tmp_path, targets, source):
     assert answer.token_ids == naive.greedy(decoder.target.model, prompt, 12)
 
 
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_normed_residual_goes_where_it_can_be_said(tmp_path, targets, source, to):
+    found = import_draft(source("speculators", setting("norm_before_residual", True)), target=targets["untied"])
+    assert found.draft.config.norm_before_residual
+    found.save(tmp_path / "draft")
+    if to in ("speculators", "vllm"):
+        export_draft(str(tmp_path / "draft"), tmp_path / "out", to=to)
+        assert settings_of(tmp_path / "out")["norm_before_residual"] is True
+    else:
+        with pytest.raises(ValueError, match=f"norm_before_residual.* which the format {to} has no setting for"):
+            export_draft(str(tmp_path / "draft"), tmp_path / "out", to=to)
+
+
 def test_prefixed_keys_and_sharded_files_are_one_checkpoint(tmp_path, targets):
     weights = {f"model.{name}" if "midlayer" in name else name: w for name, w in made_up("specforge").items()}
     folder = tmp_path / "source"
@@ -331,7 +344,6 @@ def nan(values, weights):
 
 IDS_KEY = "eagle_aux_hidden_state_layer_ids"
 REFUSED = {
-    "residual": ("speculators", setting("norm_before_residual", True), "norm_before_residual = True.* cannot express"),
     "residual unsaid": ("speculators", lambda v, w: v.pop("norm_before_residual"), "does not say norm_before_residual"),
     "norm_output": ("specforge", setting("norm_output", True), "norm_output = True.* cannot express"),
     "fc_norm": ("specforge", setting("fc_norm", True), "fc_norm = True"),
@@ -568,7 +580,7 @@ def test_a_confu_draft_exports_its_eagle3_part(tmp_path, model, target, targets,
     values = settings_of(tmp_path / "draft") | {"target": str(tmp_path / "target")}
     (tmp_path / "draft" / "config.json").write_text(json.dumps(values))
     done = export_draft(str(tmp_path / "draft"), tmp_path / "out", to="vllm")
-    assert [("contemplation is off" in note) for note in done.notes] == ([True] if method != "eagle3" else [])
+    assert [("contemplation is off" in note) for note in done.notes] == ([True] if method.startswith("confu") else [])
     plain = import_draft(str(tmp_path / "out"), target=str(tmp_path / "target")).draft
     tree = TreeConfig(nodes=8, depth=3, topk=3, contemplate=0)
     tokens = [

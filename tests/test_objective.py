@@ -270,7 +270,7 @@ def test_unroll_is_decoding_row_by_row(model, target, method):
     rows = gather_rows(supervised_steps(spans, steps))
     features, _ = target.teach(tokens, None)
     future = None
-    if method != "eagle3":
+    if method.startswith("confu"):
         position = torch.tensor([[1, 4], [0, 6]])
         f = torch.randn(2, 2, 4 * 48, generator=torch.Generator().manual_seed(2)) * 2
         served_by = torch.where(torch.arange(13) < position[:, 1:], 0, 1)
@@ -302,7 +302,7 @@ def test_training_sees_what_decoding_computes(target, method):
     features, _ = target.teach(prompts, None)
     last = torch.tensor(counts) - 1
     root = torch.stack([prompts[b, n] for b, n in enumerate(counts)])
-    f = torch.randn(2, 5, 192, generator=torch.Generator().manual_seed(5)) * 2 if method != "eagle3" else None
+    f = torch.randn(2, 5, 192, generator=torch.Generator().manual_seed(5)) * 2 if method.startswith("confu") else None
     own = torch.arange(5).expand(2, -1)
 
     logits: list[torch.Tensor] = []
@@ -405,7 +405,7 @@ def test_eagle3_loss_is_the_formula(model, target, steps, decay):
     assert ours.accuracy.tolist() == pytest.approx(accuracy)
 
 
-@pytest.mark.parametrize("method", METHODS[1:])
+@pytest.mark.parametrize("method", METHODS[2:])
 def test_confu_loss_is_the_formula(model, target, method):
     draft = tiny_draft(method)
     draft.config = dataclasses.replace(draft.config, replication=3)
@@ -435,7 +435,7 @@ def test_confu_loss_is_the_formula(model, target, method):
     assert abs(total - without) > 1e-3  # the future matters to this random draft
 
 
-@pytest.mark.parametrize("method", METHODS[1:])
+@pytest.mark.parametrize("method", METHODS[2:])
 def test_gradients_reach_every_weight_of_the_draft_and_none_of_the_target(model, target, method):
     draft = trainable(tiny_draft(method))
     generator = torch.Generator().manual_seed(0)

@@ -34,7 +34,6 @@ LAYER_SETTINGS = (
 EXPRESSED = {
     "num_hidden_layers": 1,
     "hidden_act": "silu",
-    "norm_before_residual": False,
     "norm_before_fc": False,
     "fc_norm": False,
     "norm_output": False,
@@ -254,6 +253,7 @@ def _draft_config(
         ),
         rope_parameters=rope,
         rms_norm_eps=ours.rms_norm_eps,
+        norm_before_residual=bool(values.get("norm_before_residual")),
     )
 
 

@@ -51,6 +51,11 @@ def export_draft(draft: str, out: Path, *, to: str, progress: Progress | None = 
     config = model.config
     dtype = stored_dtype(source)
     tensors = _tensors(model, dtype)
+    if config.norm_before_residual and to not in ("speculators", "vllm"):
+        raise ValueError(
+            f"The draft's residual is the normed hidden state (norm_before_residual), which the format {to} has no "
+            "setting for; export to speculators or vllm."
+        )
     if to == "eagle":
         _refuse_for_eagle(config, load_target_config(config.target, progress=progress))
         if config.draft_vocab_size == config.vocab_size:  # its loader deletes the map then
@@ -123,7 +128,7 @@ def _settings(config: DraftConfig, llama: dict[str, Any], to: str) -> dict[str, 
     flags: dict[str, Any] = {
         "draft_vocab_size": config.draft_vocab_size,
         "target_hidden_size": config.hidden_size,
-        "norm_before_residual": False,
+        "norm_before_residual": config.norm_before_residual,
         "norm_before_fc": False,
         "fc_norm": False,
         "norm_output": False,
@@ -145,7 +150,7 @@ def _speculators_settings(
         "speculators_model_type": "eagle3",
         "speculators_version": "0.9.0",
         "draft_vocab_size": config.draft_vocab_size,
-        "norm_before_residual": False,
+        "norm_before_residual": config.norm_before_residual,
         "norm_before_fc": False,
         "fc_norm": False,
         "norm_output": False,
