@@ -126,7 +126,7 @@ def vllm(_: dict[str, Any]) -> str:
     table = markdown(["engine", "draft", "same text", "its acceptance length", "ours"], [row])
     return (
         f"{table}\nGreedy, float32, {run['max_new_tokens']} new tokens; {run['machine']}, torch {run['torch']}, commit "
-        f"{run['commit'][:10]}, {run['date']}.\n"
+        f"{run['commit'][:10]}{' (modified)' if run['dirty'] else ''}, {run['date']}.\n"
     )
 
 

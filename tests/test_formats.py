@@ -227,6 +227,13 @@ def test_a_normed_residual_goes_where_it_can_be_said(tmp_path, targets, source, 
             export_draft(str(tmp_path / "draft"), tmp_path / "out", to=to)
 
 
+def test_a_normed_residual_is_found_inside(targets, source):
+    def said(values, weights):
+        values["eagle_config"]["norm_before_residual"] = True
+
+    assert import_draft(source("modelopt", said), target=targets["untied"]).draft.config.norm_before_residual
+
+
 def test_prefixed_keys_and_sharded_files_are_one_checkpoint(tmp_path, targets):
     weights = {f"model.{name}" if "midlayer" in name else name: w for name, w in made_up("specforge").items()}
     folder = tmp_path / "source"

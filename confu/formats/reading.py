@@ -181,7 +181,7 @@ def _refuse_variants(values: dict[str, Any], layer: dict[str, Any], weights: dic
         raise ValueError(
             f"{folder}/config.json does not say norm_before_residual, whose default differs between tools; add it."
         )
-    flags = layer | values | (values.get("eagle_config") or {})
+    flags = _flags(values, layer)
     for name, ours in EXPRESSED.items():
         if flags.get(name) not in (None, ours):
             raise ValueError(
@@ -194,6 +194,11 @@ def _refuse_variants(values: dict[str, Any], layer: dict[str, Any], weights: dic
             f"{folder} holds {', '.join(foreign[:3])}{' ...' if len(foreign) > 3 else ''}, which an EAGLE-3 draft of "
             "one Llama layer has no place for; train a draft instead."
         )
+
+
+def _flags(values: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
+    """Settings wherever a tool may have put them: the layer's, the top level, ``eagle_config``; the last one wins."""
+    return layer | values | (values.get("eagle_config") or {})
 
 
 def _draft_config(
@@ -253,7 +258,7 @@ def _draft_config(
         ),
         rope_parameters=rope,
         rms_norm_eps=ours.rms_norm_eps,
-        norm_before_residual=bool(values.get("norm_before_residual")),
+        norm_before_residual=bool(_flags(values, layer).get("norm_before_residual")),
     )
 
 
