@@ -61,7 +61,7 @@ def main() -> int:
     ours = decode(decoder, ids, args.max_new_tokens)
     with TemporaryDirectory() as name:
         folder = Path(name) / "draft"
-        draft = decoder.drafter.draft.config  # type: ignore[union-attr]
+        draft = decoder.drafter.config  # type: ignore[union-attr]
         export_draft(args.draft, folder, to="vllm")
         theirs = serve(python, target_path(draft.target), folder, ids, args.chain, args.max_new_tokens)
     found = compare(ours, theirs)

@@ -102,12 +102,15 @@ class KVCache(Cache):
         it those that ``rows`` allows. ``with_soft`` says which rows see the soft prompts (False: they are not keys).
         """
         device, width = rows.device, rows.shape[2]
-        lengths = self.lengths_tensor()
-        end = max(self.lengths) + width
-        prefix = torch.arange(end, device=device) < lengths[:, None]
-        mask = prefix[:, None, :].repeat(1, rows.shape[1], 1)
-        slots = lengths[:, None] + torch.arange(width, device=device)
-        mask.scatter_(2, slots[:, None, :].expand_as(rows), rows)
+        longest = max(self.lengths)
+        if longest == min(self.lengths):
+            mask = torch.nn.functional.pad(rows, (longest, 0), value=True)
+        else:
+            lengths = self.lengths_tensor()
+            prefix = torch.arange(longest + width, device=device) < lengths[:, None]
+            mask = prefix[:, None, :].repeat(1, rows.shape[1], 1)
+            slots = lengths[:, None] + torch.arange(width, device=device)
+            mask.scatter_(2, slots[:, None, :].expand_as(rows), rows)
         if isinstance(with_soft, Tensor):
             mask = torch.cat([with_soft[:, :, None].expand(-1, -1, self.num_soft), mask], dim=2)
         return mask

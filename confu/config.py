@@ -42,6 +42,18 @@ class TreeConfig:
             _at_least(self, "contemplate", 0)
 
 
+@dataclass(frozen=True)
+class ComputeConfig:
+    """Where and how exactly the models compute."""
+
+    dtype: str = "auto"
+    """float32, bfloat16 or float16; auto is bfloat16 where the device computes it."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto is cuda where there is one."""
+    quantization: str | None = None
+    """int8 rounds the target's weights (CPU): faster, and another target, which the output then follows exactly."""
+
+
 SWEEPABLE = tuple(field.name for field in dataclasses.fields(TreeConfig))
 
 

@@ -103,6 +103,11 @@ class DraftModel(nn.Module):
         self.contemplation = Contemplation(config) if config.method == "confu" else None
         self._rotary = (_rotary(config),)  # in a tuple: .to(bfloat16) must not round its frequencies
 
+    @property
+    def rotary(self) -> nn.Module:
+        """cos and sin of positions, in the type of what is to be turned."""
+        return self._rotary[0]
+
     def fuse(self, features: Float[Tensor, "... D3"]) -> Float[Tensor, "... D"]:
         """g = W_fc h: target features to draft width. Never applied to the draft's own recycled state."""
         return self.fc(features)
@@ -111,19 +116,14 @@ class DraftModel(nn.Module):
         """W_f f of the rows that f serves (0 where it serves none); None but in form ``input``."""
         if future is None or self.contemplation is None or not self.config.future_is("input"):
             return None
-        return self.contemplation.future_fc(self._normed_states(future))
+        return self.contemplation.future_fc(normed_states(future, self.config.rms_norm_eps))
 
     def look(self, future: Float[Tensor, "... D4"] | None) -> Float[Tensor, "... SD"] | None:
         """All W_j f side by side, of the rows that f serves (0 where it serves none); None but in form ``head``."""
         if future is None or self.contemplation is None or not self.config.future_is("head"):
             return None
-        return nn.functional.linear(self._normed_states(future), self.contemplation.future_heads.flatten(0, 1))
-
-    def _normed_states(self, future: Float[Tensor, "... D4"]) -> Float[Tensor, "... D3"]:
-        """Mid, high and final state, each divided by its root mean square."""
-        states = future.unflatten(-1, (4, -1))[..., 1:, :].float()
-        states = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + self.config.rms_norm_eps)
-        return states.flatten(-2).to(future.dtype)
+        states = normed_states(future, self.config.rms_norm_eps)
+        return nn.functional.linear(states, self.contemplation.future_heads.flatten(0, 1))
 
     def row(
         self,
@@ -203,7 +203,7 @@ class DraftModel(nn.Module):
         return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
 
     def _rotate(self, x: Float[Tensor, "B heads R head"], positions: Int[Tensor, "B R"]) -> Tensor:
-        cos, sin = self._rotary[0](x, positions)
+        cos, sin = self.rotary(x, positions)
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         left, right = x.chunk(2, dim=-1)
         return (x * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
@@ -245,6 +245,13 @@ class DraftModel(nn.Module):
             raise ValueError(f"{path} holds NaN or infinite weights; copy or train it again.")
         model.load_state_dict(weights)
         return model.to(device=device, dtype=dtype).eval()
+
+
+def normed_states(future: Float[Tensor, "... D4"], eps: float) -> Float[Tensor, "... D3"]:
+    """Mid, high and final state of f, each divided by its root mean square."""
+    states = future.unflatten(-1, (4, -1))[..., 1:, :].float()
+    states = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + eps)
+    return states.flatten(-2).to(future.dtype)
 
 
 def attend(

@@ -18,6 +18,7 @@ from confu.cache import KVCache
 from confu.config import DraftConfig, TreeConfig
 from confu.contemplate import Contemplation
 from confu.draft import DraftModel, attend
+from confu.draft_forward import DraftForward, Turn
 from confu.target import Target
 from confu.tree import Candidates, Frontier, Tree, take
 
@@ -107,13 +108,12 @@ class TreeDrafter:
 
     def __init__(self, draft: DraftModel, target: Target) -> None:
         check_fit(draft.config, target)
-        self.name = draft.config.method
-        self.draft, self.target = draft, target
+        self.name, self.config = draft.config.method, draft.config
+        self.forward, self.target = DraftForward(draft), target
         self.contemplation = draft.contemplation
-        self._target_ids = draft.target_ids()
 
     def new_state(self, batch_size: int, capacity: int) -> TreeState:
-        config, target = self.draft.config, self.target
+        config, target = self.config, self.target
         cache = KVCache(
             1,
             batch_size,
@@ -132,7 +132,7 @@ class TreeDrafter:
     def commit(self, state: TreeState, accepted: Accepted) -> None:
         """Row i takes h[i] and the embedding of token i+1 (METHOD 3). All rows leave keys and values; only the last
         one, from which the next tree grows, is run to its output."""
-        draft, cache, counts = self.draft, state.cache, accepted.counts
+        draft, cache, counts = self.forward, state.cache, accepted.counts
         device = accepted.tokens.device
         last = (torch.tensor(counts, device=device) - 1).clamp(min=0)[:, None]
         num_rows = accepted.tokens.shape[1]
@@ -142,20 +142,22 @@ class TreeDrafter:
         fused = draft.fuse(accepted.features)  # [B, M, D]
         if accepted.anchors is not None:
             state.lag = last - accepted.anchors.gather(1, last)
-        state.has_slot = accepted.future is not None and draft.config.future_is("row", "kv")
+        state.has_slot = accepted.future is not None and self.config.future_is("row", "kv")
         if state.has_slot and accepted.future is not None and accepted.anchors is not None:
             anchor = accepted.anchors.gather(1, last)
-            slot = draft.future_slot(take(accepted.future, last), take(fused, anchor), positions.gather(1, anchor))
+            turn = draft.turn(fused, positions.gather(1, anchor) + 1)
+            slot = draft.future_slot(take(accepted.future, last), take(fused, anchor), turn)
             cache.write_soft(slot[0][None], slot[1][None])
         third = draft.third_input(accepted.future)
-        row = draft.row(self.target.embed(following), fused, third)
+        turn = draft.turn(fused, positions)
+        queries, keys, values = draft.project(self.target.embed(following), fused, third, turn)
         state.third = take(third, last) if third is not None else None
         state.looked = draft.look(take(accepted.future, last) if accepted.future is not None else None)
 
         cache.open_rows(num_rows, with_soft=state.has_slot)
-        keys, values = cache.update(*draft.keys_values(row, positions), 0)
+        keys, values = cache.update(keys, values, 0)
         visible = torch.arange(num_rows, device=device) <= last[:, :, None]  # [B, 1, M]
-        queries = draft.queries(take(row, last), positions.gather(1, last))
+        queries = queries.gather(2, last[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3]))
         attended = attend(queries, keys, values, self._mask(state, visible))
         state.out = draft.finish(take(fused, last), attended)[:, 0]
         state.root = accepted.next_tokens
@@ -168,20 +170,23 @@ class TreeDrafter:
         candidates = Candidates(config.topk)
         zeros = torch.zeros(batch, 1, device=device)
         out = state.out[:, None]  # [B, 1, Df]
-        frontier = candidates.add_level(self._log_probs(state, out, 0), self._target_ids, zeros, zeros.long() - 1)
+        ids = self.forward.target_ids
+        frontier = candidates.add_level(self._log_probs(state, out, 0), ids, zeros, zeros.long() - 1)
         width = frontier.tokens.shape[1]
         itself = torch.eye(width, dtype=torch.bool, device=device).expand(batch, -1, -1)
         reach = itself[:, :, :0]  # which drafted rows each frontier row sees; grows by one level a step
-        positions = cache.lengths_tensor()[:, None].expand(-1, width)
+        positions = cache.lengths_tensor()[:, None] + torch.arange(config.depth, device=device)
+        cos, sin = self.forward.turn(out, positions)  # of every level: [B, depth, head]
 
         for level in range(config.depth - 1):
             if level > 0:
                 reach = reach.gather(1, frontier.origin[:, :, None].expand(-1, -1, reach.shape[2]))
             reach = torch.cat([reach, itself], dim=2)
             hidden = take(out, frontier.origin)
-            out = self._step(state, frontier, hidden, positions + level, reach)
+            turn = (cos[:, level : level + 1].expand(-1, width, -1), sin[:, level : level + 1].expand(-1, width, -1))
+            out = self._step(state, frontier, hidden, turn, reach)
             frontier = candidates.add_level(
-                self._log_probs(state, out, level + 1), self._target_ids, frontier.scores, frontier.candidates
+                self._log_probs(state, out, level + 1), ids, frontier.scores, frontier.candidates
             )
         return candidates.prune(state.root, config.nodes)
 
@@ -190,16 +195,16 @@ class TreeDrafter:
         state: TreeState,
         frontier: Frontier,
         hidden: Float[Tensor, "B k D"],
-        positions: Int[Tensor, "B k"],
+        turn: Turn,
         reach: Tensor,
     ) -> Float[Tensor, "B k D"]:
         """One draft forward over the frontier: its rows see the prefix, their own ancestors, themselves and f."""
-        draft, cache = self.draft, state.cache
+        draft, cache = self.forward, state.cache
         width = hidden.shape[1]
-        row = draft.row(self.target.embed(frontier.tokens), hidden, state.third)
+        queries, keys, values = draft.project(self.target.embed(frontier.tokens), hidden, state.third, turn)
         cache.open_rows(width, offset=reach.shape[2] - width, with_soft=state.has_slot)
-        keys, values = cache.update(*draft.keys_values(row, positions), 0)
-        attended = attend(draft.queries(row, positions), keys, values, self._mask(state, reach))
+        keys, values = cache.update(keys, values, 0)
+        attended = attend(queries, keys, values, self._mask(state, reach))
         return draft.finish(hidden, attended)
 
     def _mask(self, state: TreeState, rows: Tensor) -> Tensor:
@@ -207,5 +212,5 @@ class TreeDrafter:
         return state.cache.row_mask(rows, with_soft=everyone if state.has_slot else False)
 
     def _log_probs(self, state: TreeState, out: Float[Tensor, "B R D"], step: int) -> Float[Tensor, "B R U"]:
-        steps = (state.lag + step).expand(-1, out.shape[1])
-        return self.draft.logits(out, state.looked, steps).float().log_softmax(dim=-1)
+        logits = self.forward.logits(out, state.looked, state.lag + step)
+        return torch.log_softmax(logits, dim=-1, dtype=torch.float32)

@@ -8,7 +8,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from confu.config import TreeConfig
 from confu.draft import DraftModel, load_draft_config
 from confu.drafter import Drafter, TreeDrafter
+from confu.forward import Forward, ModelForward
 from confu.generate import Decoder
+from confu.linear import check_quantization, pack_linears
+from confu.llama import LlamaForward, is_llama_like
 from confu.models import DEFAULT_TARGET, Progress, draft_path, load_target_model
 from confu.target import Target
 
@@ -24,13 +27,15 @@ def load_decoder(
     target: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    quantization: str | None = None,
     tree: TreeConfig | None = None,
     progress: Progress | None = None,
 ) -> Decoder:
     """Target and drafter by name, ready to decode.
 
     ``draft`` is a trained draft (shipped name, folder or Hub id), ``lookup``, ``draft-model:NAME`` for a smaller model
-    of the same vocabulary, or None for plain decoding.
+    of the same vocabulary, or None for plain decoding. The target's weights are laid out for decoding
+    (`pack`), and rounded with ``quantization``.
 
     Raises ValueError for names, files and settings that do not fit, ModelUnavailable for what cannot be had now.
     """
@@ -38,9 +43,10 @@ def load_decoder(
     precision = find_dtype(dtype, place)
     name = target_name(draft, target)
     # A draft is read first: it is small, and most mistakes show there.
+    check_quantization(quantization, place)
     network = read_network(draft, precision, place)
     model, tokenizer = load_target_model(name, dtype=precision, device=place, progress=progress)
-    return join(draft, network, model, tokenizer, tree, progress=progress)
+    return join(draft, network, model, pack(model, quantization), tokenizer, tree, progress=progress)
 
 
 def load_target(
@@ -58,17 +64,26 @@ def read_network(draft: str | None, dtype: torch.dtype, device: str) -> DraftMod
     return DraftModel.load(draft_path(draft), dtype=dtype, device=device)
 
 
+def pack(model: PreTrainedModel, quantization: str | None = None) -> Forward:
+    """The model's weights laid out for decoding. The model gives its own up: it keeps embeddings and configuration."""
+    if is_llama_like(model):
+        return LlamaForward(model, quantization, release=True)
+    pack_linears(model, quantization)
+    return ModelForward(model, quantization)
+
+
 def join(
     draft: str | None,
     network: DraftModel | None,
     model: PreTrainedModel,
+    forward: Forward,
     tokenizer: PreTrainedTokenizerBase,
     tree: TreeConfig | None = None,
     *,
     progress: Progress | None = None,
 ) -> Decoder:
-    """A loaded target and the drafter that ``draft`` names; several decoders may share one model."""
-    verifier = Target(model, network.config.feature_layers if network else UNREAD)
+    """A loaded target and the drafter that ``draft`` names; several decoders may share one model and its forward."""
+    verifier = Target(model, network.config.feature_layers if network else UNREAD, forward=forward)
     drafter: Drafter | None = None
     if network is not None:
         drafter = TreeDrafter(network, verifier)
@@ -82,7 +97,7 @@ def join(
         small, _ = load_target_model(
             draft.removeprefix(DRAFT_MODEL), dtype=model.dtype, device=str(model.device), progress=progress
         )
-        drafter = Assistant(verifier, Target(small, UNREAD))
+        drafter = Assistant(verifier, Target(small, UNREAD, forward=pack(small)))
     return Decoder(verifier, drafter, tokenizer, tree)
 
 

@@ -1,5 +1,6 @@
 """Is the output the target's? Two checks against the plain model, run through Hugging Face's own code.
 
+The plain model is a second copy, since a decoder's own target may have given its weights up to a faster forward.
 Greedy answers must be the same token for token; sampled ones must follow the target's distribution, which is
 enumerated exactly for a few tokens and compared by a chi-square test.
 """
@@ -14,15 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from confu.bench.equality import ROUNDING_GAP, SMALLEST_P
 from confu.config import SamplingConfig, TreeConfig
 from confu.generate import Decoder
+from confu.linear import pack_linears
 from confu.load import encode_chat, encode_raw
-from confu.models import Progress
+from confu.models import Progress, load_target_model
 from confu.stats import Stats
 from confu.terminal.view import first_difference
+
+
+def _silent(stage: str, fraction: float | None) -> None: ...
+
 
 PROMPTS = Path(__file__).parent / "prompts.jsonl"
 SAMPLED_PROMPT = "Once there was a"
@@ -84,44 +90,52 @@ class Report:
         }
 
 
+def load_oracle(decoder: Decoder, target: str, quantization: str | None, progress: Progress) -> PreTrainedModel:
+    """The target once more, as transformers runs it; quantised, its linear layers alone are exchanged."""
+    model, _ = load_target_model(
+        target, dtype=decoder.target.dtype, device=str(decoder.target.device), progress=progress
+    )
+    if quantization is not None:
+        pack_linears(model, quantization)
+    return model
+
+
 def verify_lossless(
-    decoder: Decoder, *, max_new_tokens: int, samples: int, progress: Progress = lambda stage, fraction: None
+    decoder: Decoder, model: PreTrainedModel, *, max_new_tokens: int, samples: int, progress: Progress = _silent
 ) -> Report:
-    """Both checks on the built-in prompts; the decoder should compute in float32."""
+    """Both checks on the built-in prompts against ``model``; the decoder should compute in float32."""
     assert decoder.tokenizer is not None
     rows = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
     texts = {row["name"]: row["prompt"] for row in rows}
     prompts = {name: _encode(decoder.tokenizer, text) for name, text in texts.items()}
     progress("greedy: the plain model", None)
-    plain = _plain_greedy(decoder, list(prompts.values()), max_new_tokens)
+    plain = _plain_greedy(model, decoder, list(prompts.values()), max_new_tokens)
     checks = []
     for (name, prompt), theirs in zip(prompts.items(), plain, strict=True):
         progress(f"greedy: {name}", len(checks) / len(prompts))
-        checks.append(check_greedy(decoder, name, prompt, theirs, max_new_tokens))
-    return Report(checks, check_sampling(decoder, encode_raw(decoder.tokenizer, SAMPLED_PROMPT), samples, progress))
+        checks.append(check_greedy(decoder, model, name, prompt, theirs, max_new_tokens))
+    prompt = encode_raw(decoder.tokenizer, SAMPLED_PROMPT)
+    return Report(checks, check_sampling(decoder, model, prompt, samples, progress))
 
 
-def check_greedy(decoder: Decoder, name: str, prompt: list[int], theirs: list[int], max_new_tokens: int) -> GreedyCheck:
+def check_greedy(
+    decoder: Decoder, model: PreTrainedModel, name: str, prompt: list[int], theirs: list[int], max_new_tokens: int
+) -> GreedyCheck:
     """Compare with ``theirs``, the plain model's answer out of a padded batch. Where that differs, the plain model
     answers once more, alone: padding moves its float32 sums a little."""
     stats = Stats()
     ours = decoder.generate([prompt], SamplingConfig(max_new_tokens=max_new_tokens), stats=stats)[0].token_ids
     if first_difference(ours, theirs) is not None:
-        theirs = _plain_greedy(decoder, [prompt], max_new_tokens)[0]
+        theirs = _plain_greedy(model, decoder, [prompt], max_new_tokens)[0]
     at, gap = first_difference(ours, theirs), None
     if at is not None:
-        gap = logit_gap(decoder, [*prompt, *theirs[:at]])
+        best, second = _plain_logits(model, [[*prompt, *theirs[:at]]])[0].topk(2).values.tolist()
+        gap = best - second
     return GreedyCheck(name, len(ours), stats.mean_acceptance_length, at, gap)
 
 
-def logit_gap(decoder: Decoder, tokens: list[int]) -> float:
-    """By how much the plain model prefers its best next token to the second."""
-    best, second = _plain_logits(decoder, [tokens])[0].topk(2).values.tolist()
-    return best - second
-
-
 def check_sampling(
-    decoder: Decoder, prompt: list[int], samples: int, progress: Progress = lambda stage, fraction: None
+    decoder: Decoder, model: PreTrainedModel, prompt: list[int], samples: int, progress: Progress = _silent
 ) -> SamplingCheck:
     """Many copies of one prompt, each with its own seed, through the batched engine."""
     engine = Decoder(decoder.target, decoder.drafter, decoder.tokenizer, SAMPLING_TREE)
@@ -133,17 +147,17 @@ def check_sampling(
         )
         results = engine.generate([prompt] * min(COPIES, samples - first), sampling)
         observed.update(tuple(result.token_ids) for result in results)
-    expected = {cell: p * samples for cell, p in enumerate_cells(decoder, prompt).items()}
+    expected = {cell: p * samples for cell, p in enumerate_cells(model, prompt).items()}
     strays = sum(count for cell, count in observed.items() if cell not in expected)
     num_cells, chi_square, p_value = chi_square_test(observed, expected)
     return SamplingCheck(samples, num_cells, strays, chi_square, p_value)
 
 
-def enumerate_cells(decoder: Decoder, prompt: list[int]) -> dict[tuple[int, ...], float]:
+def enumerate_cells(model: PreTrainedModel, prompt: list[int]) -> dict[tuple[int, ...], float]:
     """Probability of every continuation under temperature 1 and top-k, as a product over plain forwards."""
     cells: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(SAMPLED_TOKENS):
-        best = _plain_logits(decoder, [[*prompt, *cell] for cell in cells]).double().topk(TOP_K)
+        best = _plain_logits(model, [[*prompt, *cell] for cell in cells]).double().topk(TOP_K)
         probs = best.values.softmax(dim=-1).tolist()
         cells = {
             (*cell, token): p * q
@@ -180,7 +194,9 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 @torch.inference_mode()
-def _plain_greedy(decoder: Decoder, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+def _plain_greedy(
+    model: PreTrainedModel, decoder: Decoder, prompts: list[list[int]], max_new_tokens: int
+) -> list[list[int]]:
     """The independent oracle: the model's own `generate`, without whatever sampling its folder asks for."""
     target = decoder.target
     width = max(map(len, prompts))
@@ -195,17 +211,15 @@ def _plain_greedy(decoder: Decoder, prompts: list[list[int]], max_new_tokens: in
     )
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=target.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=target.device)
-    model: Any = target.model
-    answers = model.generate(ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
+    generate: Any = model.generate
+    answers = generate(ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
     # What comes after a sequence's end is padding.
     ends = [next((i + 1 for i, token in enumerate(answer) if token in eos_ids), len(answer)) for answer in answers]
     return [answer[:end] for answer, end in zip(answers, ends, strict=True)]
 
 
 @torch.inference_mode()
-def _plain_logits(decoder: Decoder, sequences: list[list[int]]) -> torch.Tensor:
-    """Next-token logits of equally long sequences by the plain model, float32."""
-    target = decoder.target
-    ids = torch.tensor(sequences, device=target.device)
-    model: Any = target.model
+def _plain_logits(model: PreTrainedModel, sequences: list[list[int]]) -> torch.Tensor:
+    """Next-token logits of equally long sequences, float32."""
+    ids = torch.tensor(sequences, device=model.device)
     return torch.cat([model(chunk, logits_to_keep=1).logits[:, -1].float() for chunk in ids.split(COPIES)])

@@ -1,4 +1,4 @@
-"""The frozen target: a Hugging Face causal LM run through its own modelling code.
+"""The frozen target: a Hugging Face causal LM.
 
 One batched forward reads tree nodes and contemplate rows together, with explicit positions and a mask; it returns
 logits of the nodes, the captured low/mid/high states of nodes (h) and contemplate rows (f), and leaves all keys and
@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from confu.cache import KVCache, PrefixCache
+from confu.cache import KVCache
 from confu.contemplate import Contemplation, tree_rows_mask
+from confu.forward import Forward, ModelForward
 from confu.tree import Tree
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
@@ -43,11 +44,17 @@ class Verified:
 class Target:
     """A frozen causal LM that verifies trees. It never changes the model's weights or configuration.
 
-    Layers of sliding attention get a mask of their own, so that a window may be shorter than the tree. Raises
-    ValueError for a model whose layers cannot take a tree mask (encoder-decoder, recurrent, chunked, compressed keys).
+    Rows run through ``forward``, by default the model's own code. Raises ValueError for a model whose layers cannot
+    take a tree mask (encoder-decoder, recurrent, chunked, compressed keys).
     """
 
-    def __init__(self, model: PreTrainedModel, feature_layers: tuple[int, int, int] | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        feature_layers: tuple[int, int, int] | None = None,
+        *,
+        forward: Forward | None = None,
+    ) -> None:
         config: Any = model.config.get_text_config()
         _refuse_unsupported(model, config)
         self.model = model.eval().requires_grad_(False)
@@ -56,9 +63,8 @@ class Target:
         self.num_layers: int = config.num_hidden_layers
         self.num_kv_heads, self.head_dim = key_value_shape(config)
         self.max_positions: int = config.max_position_embeddings
-        self.window, self.has_full_layers = _sliding_window(config)
         self.feature_layers = feature_layers or default_feature_layers(self.num_layers)
-        self.eager = config._attn_implementation == "eager"
+        self.forward_rows: Forward = forward or ModelForward(model)
 
     @property
     def future_layers(self) -> tuple[int, int, int, int]:
@@ -72,6 +78,11 @@ class Target:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def quantization(self) -> str | None:
+        """How the weights are rounded, if they are."""
+        return self.forward_rows.quantization
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -123,16 +134,35 @@ class Target:
 
         Sequences shorter than T are padded at the right with any token.
         """
-        num_rows = tokens.shape[1]
+        features = self._causal(cache, tokens, num_logits=0)[1]
+        cache.advance(counts)
+        return features
+
+    def logits(self, tokens: Int[Tensor, "B T"], last: int) -> Float[Tensor, "B last V"]:
+        """Logits of the ``last`` positions of whole sequences, by themselves and from nothing."""
+        batch, length = tokens.shape
+        cache = self.new_cache(batch, length)
+        if length > last:
+            self.prefill(cache, tokens[:, : length - last], [length - last] * batch)
+        return self._causal(cache, tokens[:, length - last :], num_logits=last)[0]
+
+    def top2_gaps(self, tokens: list[int], last: int) -> list[float]:
+        """By how much the target prefers its best next token to the second, at the ``last`` positions of a text."""
+        best, second = self.logits(torch.tensor([tokens], device=self.device), last)[0].topk(2).values.unbind(1)
+        return (best - second).tolist()
+
+    def _causal(
+        self, cache: KVCache, tokens: Int[Tensor, "B T"], *, num_logits: int
+    ) -> tuple[Float[Tensor, "B num_logits V"], Float[Tensor, "B T D3"]]:
+        """Run tokens behind what the cache holds, each seeing those before it; not kept yet."""
+        batch, num_rows = tokens.shape
         cache.open_rows(num_rows)
         mask = None  # an empty cache: plain causal attention, with the fast kernels that have no mask
         if max(cache.lengths) > 0:
             causal = torch.ones(num_rows, num_rows, dtype=torch.bool, device=self.device).tril()
-            mask = cache.row_mask(causal.expand(len(counts), -1, -1), with_soft=False)
+            mask = cache.row_mask(causal.expand(batch, -1, -1), with_soft=False)
         positions = cache.lengths_tensor()[:, None] + torch.arange(num_rows, device=self.device)
-        _, features = self.forward_rows(self.embed(tokens), positions, mask, cache, self.feature_layers, num_logits=0)
-        cache.advance(counts)
-        return features
+        return self.forward_rows(self.embed(tokens), positions, mask, cache, self.feature_layers, num_logits=num_logits)
 
     def verify(
         self,
@@ -222,58 +252,12 @@ class Target:
                 "decoded with, but no draft can be trained for it."
             )
 
-    def forward_rows(
-        self,
-        embeddings: Float[Tensor, "B R D"],
-        positions: Int[Tensor, "B R"],
-        mask: Bool[Tensor, "B R K"] | None,
-        cache: KVCache | PrefixCache,
-        layers: tuple[int, ...],
-        *,
-        num_logits: int,
-    ) -> tuple[Float[Tensor, "B num_logits V"], Float[Tensor, "B R Dlayers"]]:
-        """The model's own forward; logits (float32) of the first ``num_logits`` rows, captured states of all rows:
-        h for ``feature_layers``, f for ``future_layers``."""
-        out = self.model(
-            inputs_embeds=embeddings,
-            position_ids=positions,
-            attention_mask=self._attention_mask(mask, cache) if mask is not None else None,
-            past_key_values=cache,
-            use_cache=True,
-            output_hidden_states=list(layers),
-            logits_to_keep=torch.arange(num_logits, device=embeddings.device),
-        )
-        return out.logits.float(), torch.cat([out.hidden_states[layer] for layer in layers], dim=-1)
-
-    def _attention_mask(self, mask: Bool[Tensor, "B R K"], cache: KVCache | PrefixCache) -> Tensor | dict[str, Tensor]:
-        """The mask as the model takes it: one tensor, or one for each kind of its layers."""
-        full = self._as_attended(mask)
-        if self.window is None:
-            return full
-        sliding = self._as_attended(within_window(mask, self.window, cache.num_soft_keys))
-        return {"full_attention": full, "sliding_attention": sliding} if self.has_full_layers else sliding
-
-    def _as_attended(self, mask: Bool[Tensor, "B R K"]) -> Tensor:
-        mask = mask[:, None]
-        if not self.eager:
-            return mask
-        # Eager attention adds its mask.
-        return torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
-
 
 def key_value_shape(config: Any) -> tuple[int, int]:
     """Key-value heads of a layer and the width of one, by a model's text configuration."""
     heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return heads, width
-
-
-def within_window(mask: Bool[Tensor, "B R K"], window: int, num_soft: int) -> Bool[Tensor, "B R K"]:
-    """What a layer of sliding attention leaves of a mask: the last ``window`` of the tokens that a row sees, and all of
-    the ``num_soft`` soft prompts before them. A row sees one key for each position, in order."""
-    tokens = mask[..., num_soft:]
-    near = tokens.flip(-1).cumsum(-1).flip(-1) <= window
-    return torch.cat([mask[..., :num_soft], tokens & near], dim=-1)
 
 
 def default_feature_layers(num_layers: int) -> tuple[int, int, int]:
@@ -312,12 +296,3 @@ def _refuse_unsupported(model: PreTrainedModel, config: Any) -> None:
             f"{name} is loaded with attention {config._attn_implementation!r}, which takes no tree mask; "
             "load it with attn_implementation='sdpa' or 'eager'."
         )
-
-
-def _sliding_window(config: Any) -> tuple[int | None, bool]:
-    """The window of the layers that have one, and whether others see everything."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
-    if window is None or window >= config.max_position_embeddings or "sliding_attention" not in kinds:
-        return None, True
-    return window, "full_attention" in kinds

@@ -42,12 +42,22 @@ def target8(model8):
 
 
 @pytest.fixture(scope="session")
-def drafters(model, target):
+def drafts(model):
     """Random drafts of the 64-token target by method, over 48 of its tokens."""
-    return {m: TreeDrafter(build_draft(model, m, draft_vocab_size=48), target) for m in METHODS}
+    return {m: build_draft(model, m, draft_vocab_size=48) for m in METHODS}
 
 
 @pytest.fixture(scope="session")
-def drafters8(model8, target8):
+def drafters(drafts, target):
+    return {method: TreeDrafter(draft, target) for method, draft in drafts.items()}
+
+
+@pytest.fixture(scope="session")
+def drafts8(model8):
     """Random drafts of the 8-token target by method; this seed is right often enough for paths of four tokens."""
-    return {m: TreeDrafter(build_draft(model8, m, seed=9), target8) for m in METHODS}
+    return {m: build_draft(model8, m, seed=9) for m in METHODS}
+
+
+@pytest.fixture(scope="session")
+def drafters8(drafts8, target8):
+    return {method: TreeDrafter(draft, target8) for method, draft in drafts8.items()}

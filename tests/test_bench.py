@@ -19,6 +19,7 @@ from confu.config import SamplingConfig, TrainConfig, TreeConfig
 from confu.data.corpus import Corpus
 from confu.data.documents import Document
 from confu.load import encode_chat, load_decoder
+from confu.models import load_target_model
 from confu.training.start import add_contemplation, new_eagle3
 
 QUESTIONS = [
@@ -115,11 +116,11 @@ def test_rows_hold_the_answers_of_the_engine_itself(measured):
 def test_gaps_are_those_of_the_plain_model(measured):
     rows = rows_of(measured)
     plain = next(r for r in rows if (r["method"], r["question"]) == ("plain", "3"))
-    decoder = load_decoder(None, target="target", dtype="float32")
-    prompt = encode_chat(decoder.tokenizer, [{"role": "user", "content": "2"}])
+    model, tokenizer = load_target_model("target", dtype=torch.float32, device="cpu")
+    prompt = encode_chat(tokenizer, [{"role": "user", "content": "2"}])
     for place in (0, len(plain["token_ids"]) - 1):
         ids = torch.tensor([prompt + plain["token_ids"][:place]])
-        best, second = decoder.target.model(ids).logits[0, -1].topk(2).values.tolist()
+        best, second = model(ids).logits[0, -1].topk(2).values.tolist()
         assert plain["top2_gaps"][place] == pytest.approx(best - second, rel=1e-3, abs=1e-4)
     assert len(plain["top2_gaps"]) == len(plain["token_ids"])
 

@@ -66,11 +66,11 @@ SEQUENCES = [(3, 1, 4, 1, 5, 9, 2, 6), (2, 7, 1, 8, 2), (31, 41, 59, 26, 53, 58)
 
 @pytest.mark.parametrize("method", naive.METHODS)
 @pytest.mark.parametrize("shape", [(9, 3, 4), (30, 4, 3), (6, 1, 5), (5, 6, 1)], ids=str)
-def test_draft_cache_and_trees_equal_the_layer_written_out(model, drafters, shape, method):
+def test_draft_cache_and_trees_equal_the_layer_written_out(model, drafts, drafters, shape, method):
     """Commits in ragged pieces, then a tree: one row at a time, no cache, one head at a time."""
     nodes, depth, topk = shape
     drafter = drafters[method]
-    oracle = naive.NaiveDraft(drafter.draft, model)
+    oracle = naive.NaiveDraft(drafts[method], model)
     state = drafter.new_state(3, 4)
     commit(drafter, model, state, SEQUENCES, [0, 0, 0], [4, 2, 3])
     drafter.grow(state, TreeConfig(nodes=20, depth=3, topk=5))  # a tree nobody accepts must leave no trace
@@ -110,9 +110,9 @@ def test_future_slot_of_the_last_round_is_forgotten(model, drafters, method):
     assert torch.equal(trees[0].scores, trees[1].scores)
 
 
-def test_truncate_and_select_keep_the_draft_cache_right(model, drafters):
+def test_truncate_and_select_keep_the_draft_cache_right(model, drafts, drafters):
     drafter = drafters["eagle3"]
-    oracle = naive.NaiveDraft(drafter.draft, model)
+    oracle = naive.NaiveDraft(drafts["eagle3"], model)
     state = drafter.new_state(3, 4)
     commit(drafter, model, state, SEQUENCES, [0, 0, 0], [7, 4, 5])
     state.select([2, 0])
@@ -153,13 +153,13 @@ LOOPS = [  # nodes, depth, topk, contemplate
 @pytest.mark.parametrize("method", naive.METHODS)
 @pytest.mark.parametrize("shape", LOOPS, ids=str)
 @pytest.mark.parametrize("prompt", [(1, 2, 3, 4, 0), (6,)], ids=str)
-def test_every_round_is_the_method_written_out(model8, target8, drafters8, method, shape, prompt):
+def test_every_round_is_the_method_written_out(model8, target8, drafts8, method, shape, prompt):
     """Trees, scores, tokens and f of every round equal a decode loop without cache, batch or tree mask."""
     nodes, depth, topk, con = shape
-    recorder = Recorder(drafters8[method].draft, target8)
+    recorder = Recorder(drafts8[method], target8)
     config = TreeConfig(nodes=nodes, depth=depth, topk=topk, contemplate=con)
     (result,) = Decoder(target8, recorder, tree=config).generate([prompt], SamplingConfig(max_new_tokens=24))
-    history = naive.decode(model8, recorder.draft, prompt, rounds=6, depth=depth, topk=topk, nodes=nodes, con=con)
+    history = naive.decode(model8, drafts8[method], prompt, rounds=6, depth=depth, topk=topk, nodes=nodes, con=con)
     tokens = [token for entry in history for token in entry["tokens"]]
     assert result.token_ids[: len(tokens)] == tokens[:24] == naive.greedy(model8, prompt, len(tokens))[:24]
     told = recorder.accepted[1:] if len(prompt) > 1 else recorder.accepted
@@ -178,13 +178,13 @@ def test_every_round_is_the_method_written_out(model8, target8, drafters8, metho
         base += len(entry["tokens"])
 
 
-def test_the_loop_cases_reach_what_they_are_for(model8, target8, drafters8):
+def test_the_loop_cases_reach_what_they_are_for(model8, target8, drafts8):
     """Rounds of several tokens, and anchors before the last accepted node, do occur above."""
     lags, longest = set(), 0
     for nodes, depth, topk, con in LOOPS:
         for prompt in [(1, 2, 3, 4, 0), (6,)]:
             history = naive.decode(
-                model8, drafters8["confu"].draft, prompt, rounds=6, depth=depth, topk=topk, nodes=nodes, con=con
+                model8, drafts8["confu"], prompt, rounds=6, depth=depth, topk=topk, nodes=nodes, con=con
             )
             base = len(prompt) - 1
             for entry in history:
@@ -216,13 +216,13 @@ def test_confu_without_its_future_is_eagle3_bit_for_bit(model, target):
     assert runs[0][1:] == runs[1][1:]
 
 
-def test_a_batch_drafts_like_its_sequences_alone(target8, drafters8):
+def test_a_batch_drafts_like_its_sequences_alone(target8, drafts8):
     """Ragged prompts, one of a single token, and sequences that leave at different times."""
     prompts = [(1, 2, 3, 4, 5, 6, 7), (3,), (2, 2)]
     config = TreeConfig(nodes=12, depth=3, topk=4, contemplate=3)
 
     def run(prompts, **sampling):
-        recorder = Recorder(drafters8["confu"].draft, target8)
+        recorder = Recorder(drafts8["confu"], target8)
         results = Decoder(target8, recorder, tree=config).generate(
             prompts, SamplingConfig(max_new_tokens=12, **sampling)
         )

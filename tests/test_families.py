@@ -21,6 +21,8 @@ from confu.drafter import TreeDrafter
 from confu.formats.reading import import_draft
 from confu.formats.writing import export_draft
 from confu.generate import Decoder
+from confu.linear import pack_linears
+from confu.load import pack
 from confu.target import Target
 from confu.training.start import new_eagle3
 from confu.training.train import train
@@ -43,6 +45,23 @@ def test_lossless(family, kind):
     [answer] = Decoder(target, drafter, tree=TREE).generate([PROMPTS[0]], SamplingConfig(max_new_tokens=16))
     assert answer.token_ids == naive.greedy(model, PROMPTS[0], 16)
     assert len(set(answer.token_ids)) > 3  # a text that stands still would prove little
+
+
+@every_family
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("kind", ["confu", "scripted"])
+def test_lossless_when_packed(family, kind, quantization):
+    """With the weights laid out for decoding; int8 against the model with the same weights in int8."""
+    model, oracle = copy.deepcopy(families.build(family)), copy.deepcopy(families.build(family))
+    draft = naive.build_draft(model, "confu")
+    if quantization is not None:
+        pack_linears(oracle, quantization)
+    drafter = naive.Scripted(oracle, right=lambda num_round, length: (3 * num_round + 2 * length) % 6)
+    target = Target(model, forward=pack(model, quantization))
+    if kind == "confu":
+        drafter = TreeDrafter(draft, target)
+    answers = Decoder(target, drafter, tree=TREE).generate(PROMPTS, SamplingConfig(max_new_tokens=12))
+    assert [answer.token_ids for answer in answers] == [naive.greedy(oracle, prompt, 12) for prompt in PROMPTS]
 
 
 @every_family

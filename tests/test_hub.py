@@ -241,7 +241,7 @@ def test_a_draft_follows_its_model(model, target):
     assert isinstance(draft._join(model), Decoder)
     out = narrow.generate(PROMPT, custom_generate=draft.decode, max_new_tokens=4, do_sample=False)
     assert out.shape == (1, 11)
-    assert draft._join(narrow).drafter.draft.fc.weight.dtype == torch.bfloat16
+    assert draft._join(narrow).drafter.contemplation.soft_keys.dtype == torch.bfloat16
     assert draft.model.fc.weight.dtype == torch.float32
 
 

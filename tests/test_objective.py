@@ -306,8 +306,8 @@ def test_training_sees_what_decoding_computes(target, method):
     own = torch.arange(5).expand(2, -1)
 
     logits: list[torch.Tensor] = []
-    plain = draft.logits
-    draft.logits = lambda *reads: logits.append(plain(*reads)) or logits[-1]
+    plain = drafter.forward.logits
+    drafter.forward.logits = lambda *reads: logits.append(plain(*reads)) or logits[-1]
     first = 3  # in two stretches, as prefill does
     drafter.commit(state, Accepted(prompts[:, :first], [first] * 2, prompts[:, first], features[:, :first]))
     drafter.commit(
@@ -322,7 +322,6 @@ def test_training_sees_what_decoding_computes(target, method):
         ),
     )
     tree = drafter.grow(state, TreeConfig(nodes=depth + 1, depth=depth, topk=1))
-    del draft.logits
     assert len(logits) == depth
 
     for b, n in enumerate(counts):

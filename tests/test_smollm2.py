@@ -9,6 +9,7 @@ import torch
 import confu
 from confu.config import SamplingConfig, TreeConfig
 from confu.load import encode_chat, load_decoder
+from confu.models import DEFAULT_TARGET, load_target_model
 from confu.stats import Stats
 
 PROMPTS = [
@@ -21,12 +22,12 @@ NEW_TOKENS = 32
 @pytest.fixture(scope="module")
 def plain():
     """The oracle: every built-in prompt through the model's own `generate`, one at a time."""
-    decoder = load_decoder(None, dtype="float32", device="cpu")
-    prompts = [encode_chat(decoder.tokenizer, [{"role": "user", "content": text}]) for text in PROMPTS]
+    model, tokenizer = load_target_model(DEFAULT_TARGET, dtype=torch.float32, device="cpu")
+    prompts = [encode_chat(tokenizer, [{"role": "user", "content": text}]) for text in PROMPTS]
     answers = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        out = decoder.target.model.generate(
+        out = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, top_k=None
         )
         answers.append(out[0, len(prompt) :].tolist())

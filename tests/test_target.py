@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from confu.contemplate import tree_rows_mask
-from confu.target import Target, default_feature_layers, within_window
+from confu.forward import ModelForward, within_window
+from confu.target import Target, default_feature_layers
 from confu.tree import Tree, from_parents
 
 PROMPTS = ((3, 1), (5, 9, 2, 6))
@@ -378,9 +379,9 @@ def test_literal_window():
 
 def test_a_window_as_long_as_the_context_is_full_attention():
     config = transformers.MistralConfig(**SMALL, num_key_value_heads=2, max_position_embeddings=64, sliding_window=64)
-    assert Target(transformers.MistralForCausalLM(config)).window is None
+    assert ModelForward(transformers.MistralForCausalLM(config)).window is None
     config.sliding_window = 63
-    assert Target(transformers.MistralForCausalLM(config)).window == 63
+    assert ModelForward(transformers.MistralForCausalLM(config)).window == 63
 
 
 @pytest.mark.parametrize("family", ["Llama 3, tied head", "Gemma 2", "GPT-OSS", "Phi-4-mini"])

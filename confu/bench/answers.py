@@ -79,8 +79,5 @@ class DecoderEngine:
     @torch.inference_mode()
     def top2_gaps(self, prompt: list[int], answer: list[int]) -> list[float]:
         """By how much the plain target prefers its best token to the second, at every position of an answer."""
-        model: Any = self.decoder.target.model
-        ids = torch.tensor([prompt + answer[:-1]], device=self.decoder.target.device)
-        logits = model(ids, logits_to_keep=len(answer)).logits[0].float()
-        best, second = logits.topk(2).values.unbind(1)
-        return [float(f"{gap:.4g}") for gap in (best - second).tolist()]
+        gaps = self.decoder.target.top2_gaps(prompt + answer[:-1], len(answer))
+        return [float(f"{gap:.4g}") for gap in gaps]

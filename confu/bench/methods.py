@@ -13,10 +13,11 @@ from typing import Any
 
 from confu.bench.answers import DecoderEngine, Engine
 from confu.bench.results import OURS, PLAIN
-from confu.config import SWEEPABLE, TreeConfig
+from confu.config import SWEEPABLE, ComputeConfig, TreeConfig
 from confu.draft import load_draft_config
 from confu.generate import Decoder
-from confu.load import LOOKUP, find_device, find_dtype, is_untrained, join, read_network
+from confu.linear import check_quantization
+from confu.load import LOOKUP, find_device, find_dtype, is_untrained, join, pack, read_network
 from confu.models import DEFAULT_TARGET, SHIPPED_DRAFTS, Progress, draft_path, load_target_model
 
 TRAINED = ("eagle3", "confu")
@@ -95,19 +96,21 @@ def load_methods(
     tree: TreeConfig,
     *,
     sweep: Sequence[TreeConfig] = (),
-    dtype: str = "auto",
-    device: str = "auto",
+    compute: ComputeConfig | None = None,
     progress: Progress | None = None,
 ) -> list[Method]:
     """Every draft over one loaded target, with ``tree`` or, in a sweep, once with each of its trees that differ for it;
     their names then tell the trees apart. The plain target and lookup keep to ``tree``."""
-    place = find_device(device)
-    precision = find_dtype(dtype, place)
+    compute = compute or ComputeConfig()
+    place = find_device(compute.device)
+    precision = find_dtype(compute.dtype, place)
+    check_quantization(compute.quantization, place)
     networks = {draft: read_network(draft.path, precision, place) for draft in drafts}
     model, tokenizer = load_target_model(target, dtype=precision, device=place, progress=progress)
+    forward = pack(model, compute.quantization)
     methods = []
     for draft in drafts:
-        decoder = join(draft.path, networks[draft], model, tokenizer, tree, progress=progress)
+        decoder = join(draft.path, networks[draft], model, forward, tokenizer, tree, progress=progress)
         contemplates = decoder.drafter is not None and decoder.drafter.contemplation is not None
         trees = sweep if sweep and draft.kind not in (PLAIN, LOOKUP) else [tree]
         if not contemplates:

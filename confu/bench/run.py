@@ -74,6 +74,7 @@ def describe(suite: Suite, methods: Sequence[Method], config: BenchConfig, targe
         "repeats": repeats,
         "target": Path(target).name if Path(target).is_absolute() else target,
         "dtype": str(plain.decoder.target.dtype).removeprefix("torch."),
+        "quantization": plain.decoder.target.quantization,
         "device": str(plain.decoder.target.device),
         **dataclasses.asdict(config),
         "methods": {method.name: method.facts for method in methods},

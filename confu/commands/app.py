@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Group, Parameter
 
 from confu import __version__
-from confu.config import SamplingConfig, TreeConfig
+from confu.config import ComputeConfig, SamplingConfig, TreeConfig
 from confu.terminal.screen import Stages, Terminal
 
 if TYPE_CHECKING:
@@ -59,15 +60,17 @@ DraftName = Annotated[
 TargetName = Annotated[
     str | None, Parameter(group=MODEL, help="Target: name, folder or Hub id. Default: the draft's own.")
 ]
+Compute = Annotated[ComputeConfig, Parameter(name="*", group=MODEL)]
 Dtype = Annotated[
     str,
     Parameter(group=MODEL, help="float32, bfloat16 or float16; auto is bfloat16 where the device computes it."),
 ]
+Quantization = Annotated[str | None, Parameter(group=MODEL, help="int8 checks the target with rounded weights (CPU).")]
 Device = Annotated[str, Parameter(group=MODEL, help="cpu, cuda, cuda:1 ...; auto is cuda where there is one.")]
 Sampling = Annotated[SamplingConfig, Parameter(name="*", group=SAMPLED)]
 Tree = Annotated[TreeConfig, Parameter(name="*", group=TREES, name_transform=_tree_option)]
 Output = Annotated[OutputConfig, Parameter(name="*", group=SHOWN)]
-SAMPLING, TREE, OUTPUT = SamplingConfig(), TreeConfig(), OutputConfig()
+COMPUTE, SAMPLING, TREE, OUTPUT = ComputeConfig(), SamplingConfig(), TreeConfig(), OutputConfig()
 
 
 def complain(sentence: str, status: int) -> int:
@@ -79,8 +82,7 @@ def load(
     terminal: Terminal,
     draft: str | None,
     target: str | None,
-    dtype: str,
-    device: str,
+    compute: ComputeConfig,
     tree: TreeConfig,
     *,
     no_draft: bool = False,
@@ -94,6 +96,10 @@ def load(
 
         name = target_name(draft, target)
         draft = None if no_draft else draft
-        decoder = load_decoder(draft, target=name, dtype=dtype, device=device, tree=tree, progress=progress)
-    precision = str(decoder.target.dtype).removeprefix("torch.")
-    return decoder, {"draft": draft, "target": name, "dtype": precision, "device": str(decoder.target.device)}
+        decoder = load_decoder(draft, target=name, tree=tree, progress=progress, **dataclasses.asdict(compute))
+    computed = {
+        "dtype": str(decoder.target.dtype).removeprefix("torch."),
+        "device": str(decoder.target.device),
+        "quantization": decoder.target.quantization,
+    }
+    return decoder, {"draft": draft, "target": name, **computed}

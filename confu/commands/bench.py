@@ -10,7 +10,7 @@ from typing import Annotated
 from cyclopts import Group, Parameter
 
 from confu.bench.questions import SPEC_BENCH, load_suite
-from confu.commands.app import INTERRUPTED, OUTPUT, TREE, Device, Dtype, Output, TargetName, Tree, app, complain
+from confu.commands.app import COMPUTE, INTERRUPTED, OUTPUT, TREE, Compute, Output, TargetName, Tree, app, complain
 from confu.config import BenchConfig
 from confu.terminal.screen import Stages, Terminal
 
@@ -39,8 +39,7 @@ def bench(
     costs: Annotated[bool, Parameter(group=MEASURED)] = False,
     peer: Annotated[tuple[str, ...], Parameter(group=MEASURED)] = (),
     target: TargetName = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    compute: Compute = COMPUTE,
     tree: Tree = TREE,
     output: Output = OUTPUT,
 ) -> int:
@@ -85,7 +84,7 @@ def bench(
         wanted = [word.strip() for word in (methods or "").split(",") if word.strip()]
         trees = sweep_trees(tree, sweep)
         chosen, name = choose_drafts(drafts, wanted, target)
-        loaded = load_methods(chosen, name, tree, sweep=trees, dtype=dtype, device=device, progress=progress)
+        loaded = load_methods(chosen, name, tree, sweep=trees, compute=compute, progress=progress)
         try:
             with open_peers(peer, chosen, name, tree, loaded[0]) as (peers, skipped):
                 for sentence in skipped:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, Group, Parameter
 
 from confu.commands.app import (
+    COMPUTE,
     INTERRUPTED,
     MODEL,
     OUTPUT,
     SAMPLED,
     TREE,
-    Device,
-    Dtype,
+    Compute,
     Output,
     TargetName,
     Tree,
@@ -25,7 +25,7 @@ from confu.commands.app import (
     complain,
     load,
 )
-from confu.config import RegenerateConfig, TrainConfig
+from confu.config import ComputeConfig, RegenerateConfig, TrainConfig
 from confu.models import DEFAULT_TARGET
 from confu.terminal.screen import Stages
 from confu.terminal.view import prepared_view, regenerated_line, supervised_view
@@ -108,8 +108,7 @@ def regenerate(
     settings: Annotated[RegenerateConfig, Parameter(name="*", group=SAMPLED)] = REGENERATE,
     target: TargetName = None,
     draft: Annotated[str | None, Parameter(group=MODEL)] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    compute: Compute = COMPUTE,
     tree: Tree = TREE,
     engine: Annotated[Literal["confu", "openai"], Parameter(group=SERVER)] = "confu",
     base_url: Annotated[str | None, Parameter(group=SERVER)] = None,
@@ -136,7 +135,7 @@ def regenerate(
     """
     _need_files(files)
     terminal = output.terminal()
-    own = {"--target": target, "--draft": draft, "--dtype": dtype != "auto", "--device": device != "auto"}
+    own = {"--target": target, "--draft": draft, **_given(compute)}
     own |= {"--tree-*": tree != TREE, "--batch-size": settings.batch_size != RegenerateConfig.batch_size}
     servers = {"--base-url": base_url, "--model": model, "--concurrency": concurrency != CONCURRENCY}
     if idle := [name for name, given in (own if engine == "openai" else servers).items() if given]:
@@ -153,7 +152,7 @@ def regenerate(
     else:
         if draft is None and tree != TREE:
             raise ValueError("Without a draft there is no tree; add --draft, or leave the tree's options out.")
-        decoder, names = load(terminal, draft, target, dtype, device, tree, no_draft=draft is None)
+        decoder, names = load(terminal, draft, target, compute, tree, no_draft=draft is None)
         from confu.data.regenerate import DecoderEngine
 
         answering = DecoderEngine(decoder, settings)
@@ -177,3 +176,8 @@ def regenerate(
 def _need_files(files: tuple[str, ...]) -> None:
     if not files:
         raise ValueError("No data was given; name chat JSONL files, or a Hub data set as hub:OWNER/NAME.")
+
+
+def _given(compute: ComputeConfig) -> dict[str, bool]:
+    """Which of these options were set."""
+    return {f"--{name}": value != getattr(COMPUTE, name) for name, value in dataclasses.asdict(compute).items()}

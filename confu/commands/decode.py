@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from confu.commands.app import (
+    COMPUTE,
     INTERRUPTED,
     OUTPUT,
     SAMPLING,
     SHOWN,
     TREE,
-    Device,
+    Compute,
     DraftName,
-    Dtype,
     Output,
     Sampling,
     TargetName,
@@ -46,8 +46,7 @@ def generate(
     no_draft: bool = False,
     compare: bool = False,
     target: TargetName = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    compute: Compute = COMPUTE,
     sampling: Sampling = SAMPLING,
     tree: Tree = TREE,
     show_tokens: Annotated[bool, Parameter(group=SHOWN)] = False,
@@ -81,7 +80,7 @@ def generate(
         raise ValueError("--system needs the chat template; leave out --raw.")
     if compare and no_draft:
         raise ValueError("--compare sets a draft against the plain target; leave out --no-draft.")
-    decoder, names = load(terminal, draft, target, dtype, device, tree, no_draft=no_draft)
+    decoder, names = load(terminal, draft, target, compute, tree, no_draft=no_draft)
     from confu.terminal import talk
 
     talk.warn_without_effect(terminal, decoder, sampling)
@@ -129,8 +128,7 @@ def chat(
     system: str | None = None,
     no_draft: bool = False,
     target: TargetName = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    compute: Compute = COMPUTE,
     sampling: Sampling = SAMPLING,
     tree: Tree = TREE,
     output: Output = OUTPUT,
@@ -145,7 +143,7 @@ def chat(
         Decode with the plain target by the same engine.
     """
     terminal = output.terminal()
-    decoder, names = load(terminal, draft, target, dtype, device, tree, no_draft=no_draft)
+    decoder, names = load(terminal, draft, target, compute, tree, no_draft=no_draft)
     from confu.terminal import talk
 
     talk.warn_without_effect(terminal, decoder, sampling)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from confu.commands.app import OUTPUT, TREE, Device, DraftName, Output, TargetName, Tree, app, load
+from confu.commands.app import OUTPUT, TREE, Device, DraftName, Output, Quantization, TargetName, Tree, app, load
+from confu.config import ComputeConfig
 from confu.terminal.screen import Stages
 from confu.terminal.view import facts, lossless_view
 
@@ -29,6 +30,7 @@ def verify_lossless(
     samples: int = 256,
     target: TargetName = None,
     device: Device = "auto",
+    quantization: Quantization = None,
     tree: Tree = TREE,
     output: Output = OUTPUT,
 ) -> int:
@@ -45,11 +47,14 @@ def verify_lossless(
         if value < 1:
             raise ValueError(f"--{name} is {value}; give 1 or more.")
     terminal = output.terminal()
-    decoder, names = load(terminal, draft, target, "float32", device, tree)
+    decoder, names = load(terminal, draft, target, ComputeConfig("float32", device, quantization), tree)
     from confu import lossless
 
     with Stages(terminal) as progress:
-        report = lossless.verify_lossless(decoder, max_new_tokens=max_new_tokens, samples=samples, progress=progress)
+        model = lossless.load_oracle(decoder, str(names["target"]), quantization, progress)
+        report = lossless.verify_lossless(
+            decoder, model, max_new_tokens=max_new_tokens, samples=samples, progress=progress
+        )
     if terminal.json:
         terminal.document(**names, **report.as_dict())
     else:

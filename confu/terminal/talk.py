@@ -9,7 +9,6 @@ from typing import Any
 from confu.config import SamplingConfig
 from confu.generate import Decoder, Session, Token
 from confu.load import encode_chat
-from confu.lossless import logit_gap
 from confu.stats import Stats
 from confu.terminal.screen import Stages, Terminal, decode_utf8
 from confu.terminal.view import TokenView, first_difference, summary
@@ -117,7 +116,7 @@ def compare(
     if at is not None and sampling.temperature > 0:
         verdict = "another answer, as sampling draws anew (the distribution is the same)"
     elif at is not None:
-        gap = logit_gap(decoder, [*ids, *plain.token_ids[:at]])
+        gap = decoder.target.top2_gaps([*ids, *plain.token_ids[:at]], 1)[0]
         precision = str(decoder.target.dtype).removeprefix("torch.")
         verdict = (
             f"different from token {at + 1} on, where its two best logits are {gap:.2g} apart in {precision} "

@@ -1,0 +1,107 @@
+"""The draft's arithmetic when it decodes: the network of `draft.py`, its weights laid out for few rows.
+
+Products are fused and packed (`linear.py`), and what stands between them is one pass (`rows.py`); that it computes what
+`DraftModel` computes, with which drafts are trained, is tested form by form.
+
+Shapes: B batch, R rows, D hidden width, U draft vocabulary, H query heads, G key-value heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from confu.draft import DraftModel, normed_states
+from confu.linear import product
+from confu.rows import rows
+
+Turn = tuple[Tensor, Tensor]
+
+
+class DraftForward:
+    """Weights of a draft network for decoding. ``contemplation`` stays the network's own."""
+
+    @torch.no_grad()
+    def __init__(self, draft: DraftModel) -> None:
+        layer, attention, mlp = draft.midlayer, draft.midlayer.self_attn, draft.midlayer.mlp
+        self.config, self.contemplation, self.target_ids = draft.config, draft.contemplation, draft.target_ids()
+        self._rotary = draft.rotary
+        self._fc, self._head = product(draft.fc.weight), product(draft.lm_head.weight)
+        self._qkv = product(torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]))
+        self._out = product(attention.o_proj.weight)
+        self._gate_up = product(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
+        self._down = product(mlp.down_proj.weight)
+        self._embedding_norm, self._hidden_norm = layer.input_layernorm.weight, layer.hidden_norm.weight
+        self._mlp_norm, self._norm = layer.post_attention_layernorm.weight, draft.norm.weight
+        self._future_norm = layer.future_norm.weight if self.config.future_is("input") else None
+        self._looks = None
+        if self.contemplation is not None and self.config.future_is("head"):
+            self._looks = product(self.contemplation.future_heads.flatten(0, 1))
+
+    def fuse(self, features: Float[Tensor, "B R D3"]) -> Float[Tensor, "B R D"]:
+        return self._fc(features)
+
+    def turn(self, x: Tensor, positions: Int[Tensor, "B R"]) -> Turn:
+        """cos and sin of positions, in the type of ``x``; `project` turns queries and keys by them."""
+        return self._rotary(x, positions)
+
+    def third_input(self, future: Float[Tensor, "B R D4"] | None) -> Float[Tensor, "B R D"] | None:
+        if future is None or self._future_norm is None or self.contemplation is None:
+            return None
+        return self.contemplation.future_fc(normed_states(future, self.config.rms_norm_eps))
+
+    def look(self, future: Float[Tensor, "B R D4"] | None) -> Float[Tensor, "B R SD"] | None:
+        if future is None or self._looks is None:
+            return None
+        return self._looks(normed_states(future, self.config.rms_norm_eps))
+
+    def project(
+        self,
+        embedding: Float[Tensor, "B R D"],
+        hidden: Float[Tensor, "B R D"],
+        third: Float[Tensor, "B R3 D"] | None,
+        turn: Turn,
+    ) -> tuple[Float[Tensor, "B H R head"], Float[Tensor, "B G R head"], Float[Tensor, "B G R head"]]:
+        """Queries, keys and values of rows (`DraftModel.row`, `.queries`, `.keys_values`)."""
+        parts = [self._normed(embedding, self._embedding_norm), self._normed(hidden, self._hidden_norm)]
+        if self._future_norm is not None:
+            none = torch.zeros_like(hidden)
+            parts.append(none if third is None else self._normed(third, self._future_norm).expand_as(none))
+        mixed = self._qkv(torch.cat(parts, dim=-1)).unflatten(-1, (-1, self.config.head_dim))
+        return rows().rotate(mixed, *turn, self.config.num_attention_heads)
+
+    def future_slot(
+        self, future: Float[Tensor, "B 1 D4"], states: Float[Tensor, "B 1 D"], turn: Turn
+    ) -> tuple[Float[Tensor, "B G 1 head"], Float[Tensor, "B G 1 head"]]:
+        """As `DraftModel.future_slot`; ``turn`` is that of the position one past the anchor."""
+        assert self.contemplation is not None
+        width = self.config.hidden_size
+        if self.config.future_is("kv"):
+            mixed = self.contemplation.future_kv(future[..., width:]).unflatten(-1, (-1, self.config.head_dim))
+            return rows().rotate(mixed, *turn, 0)[1:]
+        return self.project(
+            self.contemplation.future(states).to(states.dtype), self.fuse(future[..., :-width]), None, turn
+        )[1:]
+
+    def finish(self, hidden: Float[Tensor, "B R D"], attended: Float[Tensor, "B H R head"]) -> Float[Tensor, "B R D"]:
+        """As `DraftModel.finish`: the layer's output, recycled as the next hidden state."""
+        if self.config.norm_before_residual:
+            hidden = self._normed(hidden, self._hidden_norm)
+        attended = self._out(attended.transpose(1, 2).flatten(2))
+        hidden, normed = rows().add_norm(hidden, attended, self._mlp_norm, self.config.rms_norm_eps)
+        return hidden + self._down(rows().gate(self._gate_up(normed)))
+
+    def logits(
+        self, out: Float[Tensor, "B R D"], looked: Float[Tensor, "B 1 SD"] | None, steps: Int[Tensor, "B 1"]
+    ) -> Float[Tensor, "B R U"]:
+        """As `DraftModel.logits`; all rows of a level are as many ``steps`` from the anchor."""
+        read = self._normed(out, self._norm)
+        if looked is not None:
+            by_place = looked.unflatten(-1, (self.config.future_steps, -1))[:, 0]  # [B, S, D]
+            index = steps.clamp(max=self.config.future_steps - 1)[..., None]
+            read = read + by_place.gather(1, index.expand(-1, -1, by_place.shape[2]))
+        return self._head(read)
+
+    def _normed(self, x: Float[Tensor, "B R D"], weight: Float[Tensor, " D"]) -> Float[Tensor, "B R D"]:
+        return rows().add_norm(x, None, weight, self.config.rms_norm_eps)[1]

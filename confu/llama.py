@@ -1,0 +1,158 @@
+"""A forward for Llama-like targets that costs little more than its matrix products.
+
+The same arithmetic as the model's own code in transformers, which it is tested against: products fused and prepacked
+(`linear.py`), rotations and masks made once for all layers, keys and values written in place. What it does not know
+(mixtures of experts, sliding windows, other norms) runs through the model's own code.
+
+Shapes: B batch, R rows, D hidden width, H query heads, G key-value heads, K keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
+
+from confu.cache import KVCache, PrefixCache
+from confu.linear import product
+from confu.rows import rows
+
+FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+
+
+def is_llama_like(model: PreTrainedModel) -> bool:
+    """Whether `LlamaForward` computes what this model computes."""
+    config: Any = model.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windowed = getattr(config, "sliding_window", None) is not None and not hasattr(config, "layer_types")
+    return (
+        type(model) in FAMILIES
+        and kinds == {"full_attention"}
+        and not windowed
+        and config.hidden_act == "silu"
+        and getattr(config, "pretraining_tp", 1) == 1
+    )
+
+
+class LlamaForward:
+    """Weights of a Llama-like model, laid out for decoding. Built from a Hugging Face model, whose own layers and head
+    are emptied with ``release``: it keeps its embedding and its configuration, but no longer runs."""
+
+    def __init__(self, model: PreTrainedModel, quantization: str | None = None, *, release: bool = False) -> None:
+        decoder: Any = model.get_decoder()
+        config: Any = model.config
+        self.quantization = quantization
+        self.num_heads: int = config.num_attention_heads
+        self.num_groups: int = config.num_key_value_heads
+        self.rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = decoder.rotary_emb
+        self.norm, self.eps = decoder.norm.weight, decoder.norm.variance_epsilon
+        self.layers = []
+        for layer in decoder.layers:
+            self.layers.append(_Layer(layer, self.num_heads, self.num_groups, quantization))
+            if release:
+                _empty(layer)
+        head: Any = model.get_output_embeddings()
+        self.vocab_size = len(head.weight)
+        self.head = product(head.weight, head.bias, quantization)
+        if release and head.weight is not model.get_input_embeddings().weight:  # type: ignore[union-attr]
+            _empty(head)
+
+    def __call__(
+        self,
+        embeddings: Float[Tensor, "B R D"],
+        positions: Int[Tensor, "B R"],
+        mask: Bool[Tensor, "B R K"] | None,
+        cache: KVCache | PrefixCache,
+        layers: tuple[int, ...],
+        *,
+        num_logits: int,
+    ) -> tuple[Float[Tensor, "B num_logits V"], Float[Tensor, "B R Dlayers"]]:
+        turn = self.rotary(embeddings, positions)
+        bias = None if mask is None else self._attention_bias(mask, embeddings.dtype)
+        states: dict[int, Tensor] = {}
+        hidden, delta = embeddings, None
+        for index, layer in enumerate(self.layers):
+            entering, hidden, delta = layer(hidden, delta, turn, bias, cache, index)
+            states[index] = entering
+        _, final = rows().add_norm(hidden, delta, self.norm, self.eps)
+        states[len(self.layers)] = final
+        captured = torch.cat([states[index] for index in layers], dim=-1)
+        if num_logits == 0:
+            return embeddings.new_empty(len(embeddings), 0, self.vocab_size, dtype=torch.float32), captured
+        return self.head(final[:, :num_logits]).float(), captured
+
+    def _attention_bias(self, mask: Bool[Tensor, "B R K"], dtype: torch.dtype) -> Float[Tensor, "B 1 HR K"]:
+        """0 where a row may look and -inf elsewhere, once for each query head of a group."""
+        bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+        return bias[:, None].repeat(1, 1, self.num_heads // self.num_groups, 1)
+
+
+class _Layer:
+    """One decoder layer: queries, keys and values in one product, gate and up in another."""
+
+    def __init__(self, layer: Any, num_heads: int, num_groups: int, quantization: str | None) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.num_heads, self.num_groups, self.head_dim = num_heads, num_groups, attention.head_dim
+        self.qkv = _fused([attention.q_proj, attention.k_proj, attention.v_proj], quantization)
+        self.out = _fused([attention.o_proj], quantization)
+        self.gate_up = _fused([mlp.gate_proj, mlp.up_proj], quantization)
+        self.down = _fused([mlp.down_proj], quantization)
+        self.attention_norm = layer.input_layernorm.weight
+        self.mlp_norm = layer.post_attention_layernorm.weight
+        self.eps: float = layer.input_layernorm.variance_epsilon
+        self.head_norms = None
+        if hasattr(attention, "q_norm"):  # Qwen3
+            self.head_norms = torch.stack(
+                [attention.q_norm.weight] * num_heads + [attention.k_norm.weight] * num_groups
+            )
+
+    def __call__(
+        self,
+        hidden: Float[Tensor, "B R D"],
+        delta: Float[Tensor, "B R D"] | None,
+        turn: tuple[Tensor, Tensor],
+        bias: Float[Tensor, "B 1 HR K"] | None,
+        cache: KVCache | PrefixCache,
+        index: int,
+    ) -> tuple[Float[Tensor, "B R D"], Float[Tensor, "B R D"], Float[Tensor, "B R D"]]:
+        """``hidden + delta`` enter the layer; returns them, and the two summands of what leaves it."""
+        batch, num_rows, _ = hidden.shape
+        hidden, normed = rows().add_norm(hidden, delta, self.attention_norm, self.eps)
+        mixed = self.qkv(normed).view(batch, num_rows, -1, self.head_dim)
+        queries, keys, values = rows().rotate(mixed, *turn, self.num_heads, self.head_norms, self.eps)
+        keys, values = cache.update(keys, values, index)
+        if bias is None:
+            attended = scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
+        else:
+            # The query heads of a group become rows, so that keys and values are never repeated.
+            folded = queries.reshape(batch, self.num_groups, -1, self.head_dim)
+            attended = scaled_dot_product_attention(folded, keys, values, attn_mask=bias)
+            attended = attended.view(batch, self.num_heads, num_rows, self.head_dim)
+        attended = self.out(attended.transpose(1, 2).flatten(2))
+        between, normed = rows().add_norm(hidden, attended, self.mlp_norm, self.eps)
+        return hidden, between, self.down(rows().gate(self.gate_up(normed)))
+
+
+def _fused(linears: list[Any], quantization: str | None) -> nn.Module:
+    """One product for several linear layers that read the same rows."""
+    biases = [linear.bias for linear in linears]
+    if any(bias is not None for bias in biases):
+        biases = [
+            torch.zeros_like(linear.weight[:, 0]) if bias is None else bias
+            for linear, bias in zip(linears, biases, strict=True)
+        ]
+    weight = torch.cat([linear.weight for linear in linears])
+    return product(weight, torch.cat(biases) if biases[0] is not None else None, quantization)
+
+
+def _empty(module: nn.Module) -> None:
+    """Give up the weights of the linear layers inside."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            for name, weight in child.named_parameters():
+                setattr(child, name, nn.Parameter(weight.new_empty(0), requires_grad=False))

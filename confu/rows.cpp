@@ -1,0 +1,145 @@
+// What stands between the matrix products of a decoder layer, for a few dozen rows, each loop one pass over its rows.
+// Same arithmetic as the torch functions in rows.py, which they are tested against. Built and called from there.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+struct bf16 {
+    uint16_t bits;
+};
+
+inline float wide(float x) { return x; }
+inline float wide(bf16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float y;
+    std::memcpy(&y, &bits, 4);
+    return y;
+}
+inline void put(float& to, float x) { to = x; }
+inline void put(bf16& to, float x) {  // round to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    to.bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+template <typename T> inline float rounded(float x) {
+    T y;
+    put(y, x);
+    return wide(y);
+}
+
+template <typename T> void norm_row(const T* x, const T* __restrict__ weight, T* __restrict__ out, int64_t width, float eps) {
+    float sum = 0;
+    for (int64_t i = 0; i < width; i++) sum += wide(x[i]) * wide(x[i]);
+    const float scale = 1.0f / std::sqrt(sum / width + eps);
+    for (int64_t i = 0; i < width; i++) put(out[i], rounded<T>(wide(x[i]) * scale) * wide(weight[i]));
+}
+
+// total = x + delta (delta may be null: total is not written); out = norm(total) * weight
+template <typename T>
+void add_norm(const T* x, const T* delta, const T* weight, T* total, T* out, int64_t rows, int64_t width, float eps) {
+    for (int64_t r = 0; r < rows; r++, x += width, out += width) {
+        const T* row = x;
+        if (delta) {
+            for (int64_t i = 0; i < width; i++) put(total[i], wide(x[i]) + wide(delta[i]));
+            row = total;
+            delta += width;
+            total += width;
+        }
+        norm_row(row, weight, out, width, eps);
+    }
+}
+
+template <typename T>
+void turn_row(const T* __restrict__ x, const T* __restrict__ c, const T* __restrict__ s, T* __restrict__ out,
+              int64_t half) {
+    for (int64_t i = 0; i < half; i++) {
+        const float a = wide(x[i]), z = wide(x[i + half]);
+        put(out[i], rounded<T>(a * wide(c[i])) - rounded<T>(z * wide(s[i])));
+        put(out[i + half], rounded<T>(z * wide(c[i + half])) + rounded<T>(a * wide(s[i + half])));
+    }
+}
+
+// mixed [batch, rows, heads + 2 groups, width] -> queries [batch, heads, rows, width], keys and values [batch, groups,
+// rows, width]; queries and keys turned by cos and sin [batch, rows, width], after a norm by weights [heads + groups,
+// width] unless those are null
+template <typename T>
+void rotate(const T* mixed, const T* cos, const T* sin, const T* weights, T* queries, T* keys, T* values, int64_t batch,
+            int64_t rows, int64_t heads, int64_t groups, int64_t width, float eps) {
+    T normed[1024];
+    const int64_t half = width / 2, all = heads + 2 * groups;
+    for (int64_t b = 0; b < batch; b++)
+        for (int64_t r = 0; r < rows; r++) {
+            const T* c = cos + (b * rows + r) * width;
+            const T* s = sin + (b * rows + r) * width;
+            for (int64_t h = 0; h < all; h++, mixed += width) {
+                T* out = h < heads            ? queries + ((b * heads + h) * rows + r) * width
+                         : h < heads + groups ? keys + ((b * groups + h - heads) * rows + r) * width
+                                              : values + ((b * groups + h - heads - groups) * rows + r) * width;
+                if (h >= heads + groups) {
+                    std::memcpy(out, mixed, width * sizeof(T));
+                    continue;
+                }
+                const T* x = mixed;
+                if (weights) {
+                    norm_row(mixed, weights + h * width, normed, width, eps);
+                    x = normed;
+                }
+                turn_row(x, c, s, out, half);
+            }
+        }
+}
+
+// gate_up [rows, 2 width] -> silu(gate) * up [rows, width]
+template <typename T> void gate(const T* __restrict__ gate_up, T* __restrict__ out, int64_t rows, int64_t width) {
+    for (int64_t r = 0; r < rows; r++, gate_up += 2 * width, out += width)
+        for (int64_t i = 0; i < width; i++) {
+            const float x = wide(gate_up[i]);
+            const float e = std::exp(std::fmin(-x, 80.0f));  // beyond, the quotient is 0 in float32 anyway
+            put(out[i], rounded<T>(x / (1.0f + e)) * wide(gate_up[i + width]));
+        }
+}
+
+// each row as int8 from -127 to 127, and the scale that gives it back
+template <typename T> void quantize(const T* x, int8_t* out, float* scales, int64_t rows, int64_t width) {
+    for (int64_t r = 0; r < rows; r++, x += width, out += width) {
+        float largest = 1e-12f;
+        for (int64_t i = 0; i < width; i++) largest = std::fmax(largest, std::fabs(wide(x[i])));
+        scales[r] = largest / 127;
+        const float factor = 1 / scales[r];
+        for (int64_t i = 0; i < width; i++) out[i] = int8_t(std::nearbyint(wide(x[i]) * factor));
+    }
+}
+
+// out = x * scales of the rows (+ bias)
+template <typename T>
+void scale(const float* x, const float* scales, const T* __restrict__ bias, T* __restrict__ out, int64_t rows, int64_t width) {
+    for (int64_t r = 0; r < rows; r++, x += width, out += width)
+        if (bias)
+            for (int64_t i = 0; i < width; i++) put(out[i], x[i] * scales[r] + wide(bias[i]));
+        else
+            for (int64_t i = 0; i < width; i++) put(out[i], x[i] * scales[r]);
+}
+
+}  // namespace
+
+#define EXPORT(T)                                                                                                     \
+    extern "C" void add_norm_##T(const T* x, const T* d, const T* w, T* t, T* o, int64_t rows, int64_t n, float eps) { \
+        add_norm(x, d, w, t, o, rows, n, eps);                                                                        \
+    }                                                                                                                 \
+    extern "C" void rotate_##T(const T* m, const T* c, const T* s, const T* w, T* q, T* k, T* v, int64_t batch,        \
+                               int64_t rows, int64_t heads, int64_t groups, int64_t n, float eps) {                    \
+        rotate(m, c, s, w, q, k, v, batch, rows, heads, groups, n, eps);                                               \
+    }                                                                                                                 \
+    extern "C" void gate_##T(const T* x, T* o, int64_t rows, int64_t n) { gate(x, o, rows, n); }                       \
+    extern "C" void quantize_##T(const T* x, int8_t* o, float* s, int64_t rows, int64_t n) {                           \
+        quantize(x, o, s, rows, n);                                                                                   \
+    }                                                                                                                 \
+    extern "C" void scale_##T(const float* x, const float* s, const T* b, T* o, int64_t rows, int64_t n) {             \
+        scale(x, s, b, o, rows, n);                                                                                   \
+    }
+
+EXPORT(float)
+EXPORT(bf16)

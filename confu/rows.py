@@ -1,0 +1,226 @@
+"""What stands between the matrix products of a decoder layer: norms, rotations, the gate, rounding to int8.
+
+A verification reads a few dozen rows, so these cost little arithmetic but, as torch operations, some fifteen calls a
+layer. `NativeRows` does each in one pass, by `rows.cpp`, which is compiled on first use (half a second) where there is
+a C++ compiler and kept in the user's cache; `Rows`, in torch, is the reference it must equal and does the rest: other
+devices and types, and long prompts, which torch spreads over all cores.
+
+Shapes: B batch, R rows, W width of a row, H query heads, G key-value heads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from jaxtyping import Float, Int8
+from torch import Tensor
+from torch.nn.functional import rms_norm, silu
+
+from confu.models import cache_dir
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16"}
+MOST_ROWS = 128  # from here on torch's threads win
+WIDEST_HEAD = 1024
+
+
+class Rows:
+    """The operations in torch."""
+
+    def add_norm(
+        self, x: Float[Tensor, "B R W"], delta: Float[Tensor, "B R W"] | None, weight: Float[Tensor, " W"], eps: float
+    ) -> tuple[Float[Tensor, "B R W"], Float[Tensor, "B R W"]]:
+        """x + delta, and its RMS norm."""
+        total = x if delta is None else x + delta
+        return total, rms_norm(total, (total.shape[-1],), weight, eps)
+
+    def rotate(
+        self,
+        mixed: Float[Tensor, "B R heads W"],
+        cos: Float[Tensor, "B R W"],
+        sin: Float[Tensor, "B R W"],
+        num_heads: int,
+        norms: Float[Tensor, "HG W"] | None = None,
+        eps: float = 0.0,
+    ) -> tuple[Float[Tensor, "B H R W"], Float[Tensor, "B G R W"], Float[Tensor, "B G R W"]]:
+        """Queries, keys and values out of one product: H, G and G heads side by side. Queries and keys are turned to
+        their positions, after a norm of every head by ``norms`` where there are any."""
+        num_turned = (mixed.shape[2] + num_heads) // 2
+        turned = mixed[:, :, :num_turned]
+        if norms is not None:
+            turned = rms_norm(turned, (turned.shape[-1],), eps=eps) * norms
+        left, right = turned.chunk(2, dim=-1)
+        turned = turned * cos[:, :, None] + torch.cat([-right, left], dim=-1) * sin[:, :, None]
+        queries, keys = turned.split([num_heads, num_turned - num_heads], dim=2)
+        return queries.transpose(1, 2), keys.transpose(1, 2), mixed[:, :, num_turned:].transpose(1, 2)
+
+    def gate(self, gate_up: Float[Tensor, "B R W2"]) -> Float[Tensor, "B R W"]:
+        """silu(first half) times second half."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return silu(gate) * up
+
+    def quantize(self, x: Float[Tensor, "*rows W"]) -> tuple[Int8[Tensor, "*rows W"], Float[Tensor, "*rows"]]:
+        """Each row as int8 from -127 to 127, and the scale (float32) that gives it back."""
+        scales = x.abs().amax(dim=-1).float().clamp_(min=1e-12) / 127
+        return (x * scales[..., None].reciprocal()).round_().to(torch.int8), scales
+
+    def rescale(
+        self,
+        x: Float[Tensor, "*rows W"],
+        scales: Float[Tensor, "*rows"],
+        bias: Float[Tensor, " W"] | None,
+        dtype: torch.dtype,
+    ) -> Float[Tensor, "*rows W"]:
+        """Rows (float32) times their scales, plus ``bias``, in ``dtype``."""
+        x = x * scales[..., None]
+        return (x if bias is None else x + bias).to(dtype)
+
+
+class NativeRows(Rows):
+    """The same by the compiled functions, for few rows on a CPU."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+        kinds = {
+            "add_norm": [pointer] * 5 + [count] * 2 + [number],
+            "rotate": [pointer] * 7 + [count] * 5 + [number],
+            "gate": [pointer] * 2 + [count] * 2,
+            "quantize": [pointer] * 3 + [count] * 2,
+            "scale": [pointer] * 4 + [count] * 2,
+        }
+        self._functions = {}
+        for dtype, suffix in SUFFIXES.items():
+            for name, types in kinds.items():
+                function = getattr(library, f"{name}_{suffix}")
+                function.argtypes, function.restype = types, None
+                self._functions[name, dtype] = function
+
+    def _serves(self, x: Tensor) -> bool:
+        width = x.shape[-1]
+        return x.dtype in SUFFIXES and x.is_contiguous() and x.is_cpu and 0 < x.numel() <= MOST_ROWS * width
+
+    def add_norm(
+        self, x: Float[Tensor, "B R W"], delta: Float[Tensor, "B R W"] | None, weight: Float[Tensor, " W"], eps: float
+    ) -> tuple[Float[Tensor, "B R W"], Float[Tensor, "B R W"]]:
+        if not self._serves(x):
+            return super().add_norm(x, delta, weight, eps)
+        width = x.shape[-1]
+        normed, total = torch.empty_like(x), x
+        there = added = None
+        if delta is not None:
+            total = torch.empty_like(x)
+            added, there = delta.contiguous().data_ptr(), total.data_ptr()
+        self._functions["add_norm", x.dtype](
+            x.data_ptr(), added, weight.data_ptr(), there, normed.data_ptr(), x.numel() // width, width, eps
+        )
+        return total, normed
+
+    def rotate(
+        self,
+        mixed: Float[Tensor, "B R heads W"],
+        cos: Float[Tensor, "B R W"],
+        sin: Float[Tensor, "B R W"],
+        num_heads: int,
+        norms: Float[Tensor, "HG W"] | None = None,
+        eps: float = 0.0,
+    ) -> tuple[Float[Tensor, "B H R W"], Float[Tensor, "B G R W"], Float[Tensor, "B G R W"]]:
+        batch, rows, heads, width = mixed.shape
+        few = batch * rows <= MOST_ROWS and width <= WIDEST_HEAD and mixed.dtype in SUFFIXES and mixed.is_cpu
+        if not (few and mixed.is_contiguous() and cos.dtype == mixed.dtype):
+            return super().rotate(mixed, cos, sin, num_heads, norms, eps)
+        num_groups = (heads - num_heads) // 2
+        queries = mixed.new_empty(batch, num_heads, rows, width)
+        keys, values = mixed.new_empty(2, batch, num_groups, rows, width)
+        cos, sin = cos.expand(batch, -1, -1).contiguous(), sin.expand(batch, -1, -1).contiguous()
+        # fmt: off
+        self._functions["rotate", mixed.dtype](
+            mixed.data_ptr(), cos.data_ptr(), sin.data_ptr(), None if norms is None else norms.data_ptr(),
+            queries.data_ptr(), keys.data_ptr(), values.data_ptr(), batch, rows, num_heads, num_groups, width, eps,
+        )
+        # fmt: on
+        return queries, keys, values
+
+    def gate(self, gate_up: Float[Tensor, "B R W2"]) -> Float[Tensor, "B R W"]:
+        if not self._serves(gate_up):
+            return super().gate(gate_up)
+        width = gate_up.shape[-1] // 2
+        out = gate_up.new_empty(*gate_up.shape[:-1], width)
+        self._functions["gate", out.dtype](gate_up.data_ptr(), out.data_ptr(), out.numel() // width, width)
+        return out
+
+    def quantize(self, x: Float[Tensor, "*rows W"]) -> tuple[Int8[Tensor, "*rows W"], Float[Tensor, "*rows"]]:
+        if not self._serves(x):
+            return super().quantize(x)
+        width = x.shape[-1]
+        out = torch.empty(x.shape, dtype=torch.int8)
+        scales = torch.empty(x.shape[:-1], dtype=torch.float32)
+        self._functions["quantize", x.dtype](x.data_ptr(), out.data_ptr(), scales.data_ptr(), x.numel() // width, width)
+        return out, scales
+
+    def rescale(
+        self,
+        x: Float[Tensor, "*rows W"],
+        scales: Float[Tensor, "*rows"],
+        bias: Float[Tensor, " W"] | None,
+        dtype: torch.dtype,
+    ) -> Float[Tensor, "*rows W"]:
+        if not (self._serves(x) and dtype in SUFFIXES):
+            return super().rescale(x, scales, bias, dtype)
+        width, out = x.shape[-1], torch.empty(x.shape, dtype=dtype)
+        added = None if bias is None else bias.data_ptr()
+        self._functions["scale", dtype](
+            x.data_ptr(), scales.data_ptr(), added, out.data_ptr(), x.numel() // width, width
+        )
+        return out
+
+
+@functools.cache
+def rows() -> Rows:
+    """The fastest of the two that this machine can have."""
+    try:
+        return NativeRows(ctypes.CDLL(str(_library())))
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.info("rows.cpp is not used, torch takes its place: %s", error)
+        return Rows()
+
+
+def _library() -> Path:
+    """The compiled functions, for this very kind of processor. Raises OSError or SubprocessError where that fails."""
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
+        raise FileNotFoundError("there is no C++ compiler (c++, g++, clang++, or what CXX names)")
+    native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    options = ["-O3", "-ffast-math", "-fPIC", native]
+    identity = "\n".join([compiler, *options, _processor(), SOURCE.read_text(encoding="utf-8")])
+    library = cache_dir() / "native" / f"rows-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=library.parent) as folder:
+        made, linked = Path(folder) / "rows.o", Path(folder) / "rows.so"
+        # In two steps: linked with -ffast-math, a library would switch denormal numbers off for the whole process.
+        for command in ([*options, "-c", str(SOURCE), "-o", str(made)], ["-shared", str(made), "-o", str(linked)]):
+            subprocess.run([compiler, *command], check=True, capture_output=True, timeout=120)
+        linked.replace(library)
+    return library
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(next((line for line in lines if line.startswith(start)), "") for start in ("model name", "flags"))

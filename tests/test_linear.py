@@ -1,0 +1,168 @@
+"""Products of decoding against `torch.nn.functional.linear`, and the Llama forward against the model's own code."""
+
+import families
+import naive
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from confu.linear import Int8Product, PackedProduct, Product, check_quantization, pack_linears, product
+from confu.llama import LlamaForward, is_llama_like
+from confu.load import pack
+from confu.rows import rows
+from confu.target import Target
+
+LLAMA_LIKE = ("Llama 3", "Llama 3, tied head", "Qwen2, Qwen2.5", "Qwen3", "Mistral")
+
+
+def random(*shape, seed: int = 0, dtype: torch.dtype = torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (2, 7), (1, 33), (1, 200)])
+def test_packed_product_is_the_plain_one(dtype, with_bias, shape):
+    weight, bias = random(96, 40, dtype=dtype), random(96, seed=1, dtype=dtype) if with_bias else None
+    x = random(*shape, 40, seed=2, dtype=dtype)
+    ours, plain = PackedProduct(weight, bias)(x), Product(weight, bias)(x)
+    assert ours.dtype == dtype
+    assert torch.equal(plain, nn.functional.linear(x, weight, bias))
+    wide = nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    torch.testing.assert_close(ours.float(), wide, rtol=2 * torch.finfo(dtype).eps, atol=60 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_int8_product_is_the_product_of_what_was_rounded(dtype, with_bias):
+    weight, bias = random(96, 40, dtype=dtype), random(96, seed=1, dtype=dtype) if with_bias else None
+    x = random(2, 7, 40, seed=2, dtype=dtype) * torch.logspace(-4, 4, 7).to(dtype)[:, None]
+    (weights, weight_scales), (states, row_scales) = rows().quantize(weight), rows().quantize(x)
+    assert weights.dtype == states.dtype == torch.int8
+    assert weights.abs().amax(-1).eq(127).all()  # every row uses its whole range
+    assert ((weights * weight_scales[:, None] - weight.float()).abs() <= 0.501 * weight_scales[:, None]).all()
+    expected = (states.long() @ weights.long().T) * weight_scales * row_scales[..., None]
+    expected = expected if bias is None else expected + bias
+    ours = Int8Product(weight, bias)(x)
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours.double(), expected.double(), rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_an_int8_row_does_not_depend_on_its_company():
+    layer = Int8Product(random(64, 48))
+    rows = random(40, 48, seed=1) * torch.logspace(-3, 3, 40)[:, None]
+    together = layer(rows[None])[0]
+    for i in range(40):
+        assert torch.equal(together[i], layer(rows[i]))
+    assert torch.equal(layer(torch.zeros(1, 48)), torch.zeros(1, 64))
+    assert layer(torch.zeros(2, 0, 48)).shape == (2, 0, 64)
+
+
+def test_the_fastest_product_is_chosen():
+    assert isinstance(product(random(4, 4)), PackedProduct)
+    assert isinstance(product(random(4, 4).double()), Product)
+    assert isinstance(product(random(4, 4), quantization="int8"), Int8Product)
+    with pytest.raises(ValueError, match=r"quantization is 'int4'; give int8, or leave it out"):
+        product(random(4, 4), quantization="int4")
+    with pytest.raises(ValueError, match="kernels for the CPU only"):
+        check_quantization("int8", "cuda:0")
+
+
+def test_linears_are_replaced_wherever_they_are():
+    inner = nn.Sequential(nn.Linear(6, 5, bias=False), nn.ReLU())
+    module = nn.ModuleDict({"a": nn.Linear(5, 6), "b": inner})
+    x = random(3, 5)
+    expected = module["b"](module["a"](x))
+    pack_linears(module)
+    assert isinstance(module["a"], PackedProduct)
+    assert isinstance(inner[0], PackedProduct)
+    torch.testing.assert_close(module["b"](module["a"](x)), expected)
+
+
+def forwards(target, other, num_logits: int, rows: int = 6, prefix: int = 9):
+    """Logits and captured states of both forwards: a prefill, then rows under a random mask behind it."""
+    outs = []
+    mask = random(2, rows, rows, seed=5) > 0
+    mask |= torch.eye(rows, dtype=torch.bool)
+    for forward in (target.forward_rows, other):
+        cache = target.new_cache(2, 64)
+        tokens = torch.arange(2 * prefix).view(2, prefix)
+        cache.open_rows(prefix)
+        positions = torch.arange(prefix).expand(2, -1)
+        first = forward(target.embed(tokens), positions, None, cache, (0, 2, 5), num_logits=num_logits)
+        cache.advance([prefix, prefix - 3])
+        cache.open_rows(rows)
+        positions = torch.tensor([[prefix], [prefix - 3]]) + torch.arange(rows) // 2
+        seen = cache.row_mask(mask, with_soft=False)
+        layers = (2, 4, 5, target.num_layers)
+        second = forward(target.embed(tokens[:, :rows]), positions, seen, cache, layers, num_logits=num_logits)
+        outs.append([*first, *second, cache.keys, cache.values])
+    return outs
+
+
+@pytest.mark.parametrize("family", LLAMA_LIKE)
+@pytest.mark.parametrize("num_logits", [0, 4])
+def test_llama_forward_is_the_models_own(family, num_logits):
+    model = families.build(family)
+    assert is_llama_like(model)
+    target = Target(model)
+    with torch.inference_mode():
+        ours, theirs = forwards(target, LlamaForward(model), num_logits)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_llama_forward_in_bfloat16_rounds_as_the_model_does():
+    """No further from float32 than the model's own code is."""
+    model = naive.build_model(64, spread=0.1)
+    low = type(model)(model.config).to(torch.bfloat16).eval()
+    low.load_state_dict(model.state_dict())
+    exact = type(model)(model.config).float().eval()
+    exact.load_state_dict(low.state_dict())
+    with torch.inference_mode():
+        reference, _ = forwards(Target(exact), LlamaForward(exact), 4)
+        theirs, ours = forwards(Target(low), LlamaForward(low), 4)
+    assert ours[0].dtype == torch.float32  # logits
+    ratios = [
+        ((a.float() - c).square().mean() / (b.float() - c).square().mean()).sqrt().item()
+        for a, b, c in zip(ours, theirs, reference, strict=True)
+        if not torch.equal(b.float(), c)
+    ]
+    assert len(ratios) >= 5
+    assert sum(ratios) / len(ratios) <= 1.2, ratios
+
+
+def test_what_is_not_llama_like_runs_through_its_own_code():
+    for family in set(families.FAMILIES) - set(LLAMA_LIKE):
+        assert not is_llama_like(families.build(family)), family
+    config = LlamaConfig(hidden_act="gelu", hidden_size=48, intermediate_size=64, num_attention_heads=4, vocab_size=8)
+    assert not is_llama_like(LlamaForCausalLM(config))
+
+
+@pytest.mark.parametrize("family", ["Llama 3", "Llama 3, tied head", "Gemma 2"])
+def test_packing_leaves_one_copy_of_the_weights(family):
+    built = families.build(family)
+    model = type(built)(built.config).float().eval()
+    model.load_state_dict(built.state_dict())
+    whole = sum(p.numel() for p in model.parameters())
+    forward = pack(model)
+    left = sum(p.numel() for p in model.parameters())
+    kept = 2 * built.get_input_embeddings().weight.numel()  # norms are small
+    assert left < kept < whole
+    target = Target(model, forward=forward)
+    tokens = torch.tensor([[3, 1, 4, 1, 5]])
+    with torch.inference_mode():
+        torch.testing.assert_close(target.logits(tokens, 3), built(tokens).logits[:, -3:], rtol=1e-4, atol=1e-4)
+
+
+def test_gaps_are_those_of_the_model():
+    model = families.build("Qwen3")
+    tokens = [3, 1, 4, 1, 5]
+    best = model(torch.tensor([tokens])).logits[0, -2:].topk(2).values
+    for last in (2, 5):
+        gaps = Target(model).top2_gaps(tokens, last)
+        assert len(gaps) == last
+        assert gaps[-2:] == pytest.approx((best[:, 0] - best[:, 1]).tolist(), abs=1e-4)
