@@ -8,6 +8,7 @@ from torch import Tensor
 
 from confu.cache import KVCache
 from confu.config import TreeConfig
+from confu.costs import Budget
 from confu.drafter import Accepted
 from confu.target import Target
 from confu.tree import Candidates, Tree
@@ -55,7 +56,7 @@ class Assistant:
         self.model.prefill(state.cache, accepted.tokens, accepted.counts)
         state.roots = accepted.next_tokens
 
-    def grow(self, state: AssistantState, config: TreeConfig) -> Tree:
+    def grow(self, state: AssistantState, config: TreeConfig, budget: Budget | None = None) -> Tree:
         batch, device = len(state.roots), state.roots.device
         candidates = Candidates(config.topk)
         zeros = torch.zeros(batch, 1, device=device)
@@ -64,11 +65,13 @@ class Assistant:
         frontier = candidates.add_level(log_probs, self._token_ids, zeros, zeros.long() - 1)
         itself = torch.eye(frontier.tokens.shape[1], dtype=torch.bool, device=device).expand(batch, -1, -1)
         for level in range(1, config.depth):
+            if budget is not None and not budget.deeper(frontier.scores):
+                break
             seen = reach.gather(1, frontier.origin[:, :, None].expand(-1, -1, reach.shape[2]))
             reach = torch.cat([seen, itself], dim=2)
             log_probs = self._step(state.cache, frontier.tokens, reach, level)
             frontier = candidates.add_level(log_probs, self._token_ids, frontier.scores, frontier.candidates)
-        return candidates.prune(state.roots, config.nodes)
+        return candidates.prune(state.roots, config.nodes, budget)
 
     def _step(
         self, cache: KVCache, tokens: Int[Tensor, "B F"], reach: Bool[Tensor, "B F W"], level: int

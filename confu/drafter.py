@@ -17,6 +17,7 @@ from torch import Tensor
 from confu.cache import KVCache
 from confu.config import DraftConfig, TreeConfig
 from confu.contemplate import Contemplation
+from confu.costs import Budget
 from confu.draft import DraftModel, attend
 from confu.draft_forward import DraftForward, Turn
 from confu.target import Target
@@ -59,7 +60,9 @@ class Drafter(Protocol):
 
     def new_state(self, batch_size: int, capacity: int) -> Any: ...
     def commit(self, state: Any, accepted: Accepted) -> None: ...
-    def grow(self, state: Any, config: TreeConfig) -> Tree: ...
+    def grow(self, state: Any, config: TreeConfig, budget: Budget | None = None) -> Tree:
+        """Trees of at most the shape that ``config`` says; ``budget`` keeps those that score their nodes smaller."""
+        ...
 
 
 def check_fit(config: DraftConfig, target: Target) -> None:
@@ -163,7 +166,7 @@ class TreeDrafter:
         state.root = accepted.next_tokens
         cache.advance(counts)
 
-    def grow(self, state: TreeState, config: TreeConfig) -> Tree:
+    def grow(self, state: TreeState, config: TreeConfig, budget: Budget | None = None) -> Tree:
         """EAGLE-2's tree: ``depth`` levels, the best ``topk`` nodes of each expanded, the best N nodes kept."""
         cache = state.cache
         batch, device = len(state.lengths), state.root.device
@@ -179,6 +182,8 @@ class TreeDrafter:
         cos, sin = self.forward.turn(out, positions)  # of every level: [B, depth, head]
 
         for level in range(config.depth - 1):
+            if budget is not None and not budget.deeper(frontier.scores):
+                break
             if level > 0:
                 reach = reach.gather(1, frontier.origin[:, :, None].expand(-1, -1, reach.shape[2]))
             reach = torch.cat([reach, itself], dim=2)
@@ -188,7 +193,7 @@ class TreeDrafter:
             frontier = candidates.add_level(
                 self._log_probs(state, out, level + 1), ids, frontier.scores, frontier.candidates
             )
-        return candidates.prune(state.root, config.nodes)
+        return candidates.prune(state.root, config.nodes, budget)
 
     def _step(
         self,

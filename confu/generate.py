@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from confu.cache import KVCache
 from confu.config import SamplingConfig, TreeConfig
+from confu.costs import Budget, Costs
 from confu.drafter import Accepted, Drafter
 from confu.stats import Stats
 from confu.target import Target, Verified
@@ -93,7 +94,10 @@ class Session:
 
 
 class Decoder:
-    """Target and drafter joined. ``drafter=None`` is plain decoding by the same engine: the honest baseline."""
+    """Target and drafter joined. ``drafter=None`` is plain decoding by the same engine: the honest baseline.
+
+    With ``costs``, ``tree`` says how large trees may be at most; `Budget` decides, round by round.
+    """
 
     def __init__(
         self,
@@ -101,9 +105,10 @@ class Decoder:
         drafter: Drafter | None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         tree: TreeConfig | None = None,
+        costs: Costs | None = None,
     ) -> None:
         self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
-        self.tree = tree or TreeConfig()
+        self.tree, self.costs = tree or TreeConfig(), costs
 
     def generate(
         self,
@@ -147,6 +152,7 @@ class Decoder:
         cache, state = session.cache, session.state
         assert cache is not None
         tree = root_only(self._tensor([prompt[-1] for prompt in prompts]))
+        budget = self._budget(len(prompts))
 
         while True:
             # 2. verify the tree in one pass, contemplate rows riding along, and walk down the drawn tokens
@@ -174,6 +180,8 @@ class Decoder:
                 stats.target_seconds += verify_seconds
                 stats.draft_seconds += draft_seconds
             tokens = running.emit(tree, step, round_tokens, verified.logits, is_round=is_round)
+            if budget is not None:
+                budget.note(sum(step.counts) - len(step.counts))
             stats.wall_seconds = time.perf_counter() - began
             if not is_round:
                 stats.prefill_seconds = stats.wall_seconds
@@ -189,9 +197,17 @@ class Decoder:
                 router_state = router_state[alive]
                 if state is not None:
                     state.select(alive)
+                if budget is not None:
+                    budget.resize(len(alive))
             clock = time.perf_counter()
-            tree = self.drafter.grow(state, self.tree) if self.drafter else root_only(step.bonus[alive])
+            tree = self.drafter.grow(state, self.tree, budget) if self.drafter else root_only(step.bonus[alive])
             stats.draft_seconds += time.perf_counter() - clock
+
+    def _budget(self, batch_size: int) -> Budget | None:
+        if self.costs is None or self.drafter is None:
+            return None
+        contemplates = self.drafter.contemplation is not None
+        return Budget(self.costs, self.tree, batch_size, contemplates=contemplates)
 
     def _verify(self, cache: KVCache, tree: Tree, router_state: Tensor) -> Verified:
         contemplation = self.drafter.contemplation if self.drafter else None

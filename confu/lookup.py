@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from confu.config import TreeConfig
+from confu.costs import Budget
 from confu.drafter import Accepted
 from confu.target import Target
 from confu.tree import Tree, chain
@@ -46,7 +47,7 @@ class Lookup:
             tokens += row[:count]
         state.roots = accepted.next_tokens.tolist()
 
-    def grow(self, state: LookupState, config: TreeConfig) -> Tree:
+    def grow(self, state: LookupState, config: TreeConfig, budget: Budget | None = None) -> Tree:
         length = min(config.depth, config.nodes - 1)
         drafts = [
             self._following([*tokens, root], length) for tokens, root in zip(state.tokens, state.roots, strict=True)

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from confu.costs import Budget
+
 
 @dataclass(frozen=True)
 class Tree:
@@ -111,13 +113,17 @@ class Candidates:
         self.num += tokens.shape[1]
         return frontier
 
-    def prune(self, root: Int[Tensor, " B"], num_nodes: int) -> Tree:
-        """Root plus the best ``num_nodes - 1`` candidates. A child never scores above its parent, and the stable sort
-        lets the earlier one win a tie, so parents always survive and come first."""
+    def prune(self, root: Int[Tensor, " B"], num_nodes: int, budget: Budget | None = None) -> Tree:
+        """Root plus the best ``num_nodes - 1`` candidates, or as many of them as ``budget`` pays for. A child never
+        scores above its parent, and the stable sort lets the earlier one win a tie, so parents always survive and come
+        first."""
         tokens, scores = torch.cat(self.tokens, 1), torch.cat(self.scores, 1)
         parents = torch.cat(self.parents, 1)
         count = min(num_nodes - 1, tokens.shape[1])
-        best = scores.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
+        order = scores.sort(dim=1, descending=True, stable=True)
+        if budget is not None:
+            count = budget.nodes(order.values[:, :count], len(self.tokens)) - 1
+        best = order.indices[:, :count].sort(dim=1).values
         # Candidate index -> node index, by rank among the kept; the root (-1) is node 0.
         rank = torch.zeros_like(parents).scatter(1, best, 1).cumsum(1)
         chosen = parents.gather(1, best)

@@ -1,0 +1,109 @@
+"""What a round costs on one machine, and how large a tree that pays for.
+
+EAGLE-2's tree has as many nodes and levels as it is told, whatever the text. Here every node and level is weighed: the
+draft's own probabilities say how many tokens it will probably bring, the cost model what it takes, and tokens per
+millisecond decide. Which tree is verified never changes what is emitted, only how fast.
+
+Shapes: B batch, M candidates, k frontier nodes.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from confu.config import TreeConfig
+
+CHILDREN = 0.5  # of what a frontier is expected to bring, the part that its children bring beyond their own cost
+WEIGHT = 0.9  # of the past, in what is remembered from round to round
+PRIOR = 4.0  # tokens for which the draft's probabilities are believed before acceptance corrects them
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Milliseconds on one machine, measured by `confu tune`. Pairs of a size and a time, ascending; linear between."""
+
+    verify: tuple[tuple[int, float], ...]
+    """A round's work on the target, by rows of all sequences together: forward, draw, keeping the accepted path."""
+    level: tuple[tuple[int, float], ...]
+    """One more level of draft trees, by the number of sequences."""
+    commit: tuple[tuple[int, float], ...]
+    """The draft's work whatever the tree, by the number of sequences: reading the accepted tokens, the first level."""
+
+    def __post_init__(self) -> None:
+        for name in ("verify", "level", "commit"):
+            points = getattr(self, name)
+            sizes = [size for size, _ in points]
+            if not points or sizes != sorted(set(sizes)) or any(not 0 <= ms < float("inf") for _, ms in points):
+                raise ValueError(f"{name} is {points!r}; give pairs of a growing size and milliseconds, at least one.")
+
+    def verify_ms(self, rows: int) -> float:
+        return between(self.verify, rows)
+
+
+def between(points: tuple[tuple[int, float], ...], size: int) -> float:
+    """Linear interpolation, and the last slope beyond the last point (the first time before the first)."""
+    if len(points) == 1 or size <= points[0][0]:
+        return points[0][1]
+    at = min(bisect.bisect_left([known for known, _ in points], size), len(points) - 1)
+    (low, low_ms), (high, high_ms) = points[at - 1], points[at]
+    return low_ms + (high_ms - low_ms) * (size - low) / (high - low)
+
+
+class Budget:
+    """Decides, round by round, how deep a tree grows and how many of its nodes are verified.
+
+    It remembers two numbers: how many of the expected tokens came true, and the milliseconds a token takes.
+    """
+
+    def __init__(self, costs: Costs, tree: TreeConfig, batch_size: int, *, contemplates: bool) -> None:
+        self.costs, self.tree, self.contemplates = costs, tree, contemplates
+        self._came = self._expected = PRIOR
+        self._promised = 0.0
+        self.resize(batch_size)
+        self._pace = costs.verify_ms(batch_size) / batch_size
+
+    def resize(self, batch_size: int) -> None:
+        """So many sequences go on."""
+        self.batch_size = batch_size
+        self._level = between(self.costs.level, batch_size)
+        self._commit = between(self.costs.commit, batch_size)
+        self._verify = torch.tensor([self.costs.verify_ms(self.rows(n)) for n in range(1, self.tree.nodes + 1)])
+
+    def rows(self, nodes: int) -> int:
+        """Rows of a verification with ``nodes`` in each tree."""
+        con = 0
+        if self.contemplates:
+            con = nodes if self.tree.contemplate is None else min(self.tree.contemplate, nodes)
+        return self.batch_size * (nodes + con)
+
+    @property
+    def trust(self) -> float:
+        """Accepted tokens for each one that the draft's probabilities promised."""
+        return self._came / self._expected
+
+    def deeper(self, scores: Float[Tensor, "B k"]) -> bool:
+        """Whether a level below this frontier (log-probabilities from the root) is worth its time."""
+        return self.trust * CHILDREN * scores.exp().sum().item() * self._pace > self._level
+
+    def nodes(self, scores: Float[Tensor, "B M"], depth: int) -> int:
+        """Nodes to verify, the root included, of trees ``depth`` levels deep whose candidates have these scores, best
+        first: the number that promises most tokens per millisecond."""
+        promised = torch.nn.functional.pad(scores.exp().sum(0).cumsum(0), (1, 0)).cpu()  # [M + 1]
+        spent = self._commit + (depth - 1) * self._level
+        milliseconds = self._verify[: len(promised)] + spent
+        pace = milliseconds / (self.batch_size + self.trust * promised[: len(milliseconds)])
+        best = int(pace.argmin())
+        self._promised = promised[best].item()
+        self._pace = WEIGHT * self._pace + (1 - WEIGHT) * pace[best].item()
+        return best + 1
+
+    def note(self, accepted: int) -> None:
+        """So many drafted tokens of the round were accepted, in all sequences."""
+        self._came = WEIGHT * self._came + accepted
+        self._expected = WEIGHT * self._expected + self._promised
+        self._promised = 0.0

@@ -1,0 +1,278 @@
+"""Measures what rounds cost on this machine and which trees pay here, and keeps the findings beside the draft.
+
+`tuned.json` holds one entry for each machine, number of threads, precision and quantization: the cost model by which
+`Budget` sizes every tree, its limits, and the measurements they were chosen by.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from confu import __version__
+from confu.cache import KVCache
+from confu.config import SamplingConfig, TreeConfig, from_dict
+from confu.costs import Costs
+from confu.drafter import Accepted, TreeDrafter
+from confu.generate import Decoder
+from confu.info import checkout, device_name
+from confu.models import Progress, cache_dir
+from confu.stats import Stats
+from confu.tree import chain
+from confu.verify import Sampler, walk
+
+logger = logging.getLogger(__name__)
+
+FILE = "tuned.json"
+SCHEMA_VERSION = 1
+ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
+BATCHES = (1, 2, 4, 8, 16)
+PREFIX = 256  # tokens in the cache
+ACCEPTED = 3  # tokens that a round's commit reads
+LEVELS = (1, 5)
+REPEATS = 5
+TREES = (
+    TreeConfig(nodes=64, depth=8, topk=10),
+    TreeConfig(nodes=64, depth=8, topk=6),
+    TreeConfig(nodes=64, depth=8, topk=3),
+)
+CONTEMPLATE = (None, 4, 2, 1, 0)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way to decode the prompts."""
+
+    name: str
+    tree: TreeConfig | None
+    """None is plain decoding."""
+    adaptive: bool
+    tokens_per_second: float
+    """Prefill left out."""
+    speedup: float
+    """Over plain decoding of the same prompts."""
+    mean_acceptance_length: float
+    nodes_per_round: float
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was found for one machine, precision and quantization."""
+
+    tree: TreeConfig
+    """Limits of the adaptive trees."""
+    costs: Costs
+    trials: tuple[Trial, ...]
+
+
+def tune(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    progress: Progress = lambda stage, fraction: None,
+) -> Tuning:
+    """Measure costs, then adaptive trees of several limits beside plain decoding and the default tree, in turns; the
+    fastest limits win. Raises ValueError for a decoder whose draft scores no trees."""
+    if not isinstance(decoder.drafter, TreeDrafter):
+        raise ValueError("Only a trained draft has trees to tune; name one (`confu info` lists them).")
+    progress("measuring costs", None)
+    costs = measure(decoder, decoder.drafter)
+    contemplates = decoder.drafter.contemplation is not None
+    default = TreeConfig()
+    named: list[tuple[str, TreeConfig, bool]] = [("default tree", default, False)]
+    named += [(f"adaptive, top-k {tree.topk}", tree, True) for tree in TREES]
+    trials = _trials(decoder, costs, named, prompts, max_new_tokens, progress)
+    best = max(trials[2:], key=lambda trial: trial.tokens_per_second)
+    if contemplates:
+        assert best.tree is not None
+        named = [
+            (f"{best.name}, contemplate {count}", dataclasses.replace(best.tree, contemplate=count), True)
+            for count in CONTEMPLATE
+            if count is not None
+        ]
+        trials += _trials(decoder, costs, named, prompts, max_new_tokens, progress)[1:]
+        best = max(trials[2:], key=lambda trial: trial.speedup)
+    assert best.tree is not None
+    return Tuning(best.tree, costs, tuple(trials))
+
+
+def _trials(
+    decoder: Decoder,
+    costs: Costs,
+    named: list[tuple[str, TreeConfig, bool]],
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    progress: Progress,
+) -> list[Trial]:
+    """Plain decoding first, then each tree; all answer one prompt before the next, so that a drifting machine treats
+    them alike."""
+    target, tokenizer = decoder.target, decoder.tokenizer
+    decoders = [Decoder(target, None, tokenizer)]
+    decoders += [
+        Decoder(target, decoder.drafter, tokenizer, tree, costs if adaptive else None) for _, tree, adaptive in named
+    ]
+    sampling = SamplingConfig(max_new_tokens=max_new_tokens)
+    found: list[list[Stats]] = [[] for _ in decoders]
+    for engine in decoders:
+        engine.generate([prompts[0]], SamplingConfig(max_new_tokens=4))
+    for number, prompt in enumerate(prompts):
+        progress("comparing trees", number / len(prompts))
+        for engine, mine in zip(decoders, found, strict=True):
+            mine.append(Stats())
+            engine.generate([prompt], sampling, stats=mine[-1])
+
+    def speed(mine: list[Stats]) -> float:
+        return sum(s.num_tokens for s in mine) / sum(s.wall_seconds - s.prefill_seconds for s in mine)
+
+    shapes: list[tuple[str, TreeConfig | None, bool]] = [("plain", None, False), *named]
+    trials = []
+    for (name, tree, adaptive), mine in zip(shapes, found, strict=True):
+        rounds = max(1, sum(s.num_rounds for s in mine))
+        tau = sum(sum(map(sum, s.round_lengths)) for s in mine) / rounds
+        nodes = 1 + sum(s.num_draft_tokens for s in mine) / rounds
+        trials.append(Trial(name, tree, adaptive, speed(mine), speed(mine) / speed(found[0]), tau, nodes))
+    return trials
+
+
+@torch.inference_mode()
+def measure(decoder: Decoder, drafter: TreeDrafter) -> Costs:
+    """The cost model of this machine: medians, sizes in turns."""
+    target = decoder.target
+    prefix = min(PREFIX, target.max_positions - 1)
+    tokens = (torch.arange(prefix, device=target.device) % target.vocab_size)[None]
+    cache = target.new_cache(1, prefix + max(ROWS))
+    target.prefill(cache, tokens, [prefix])
+    sampler = Sampler(SamplingConfig(), 1)
+
+    def verify(rows: int) -> None:
+        drafted = tokens[:, :1].expand(-1, rows - 1)
+        tree = chain(tokens[:, 0], drafted, torch.tensor([rows - 1], device=target.device))
+        step = walk(tree, sampler.draw(target.verify(cache, tree).logits, tree))
+        cache.keep(step.path, step.counts)
+        cache.truncate([prefix])
+
+    verified = _medians({rows: lambda rows=rows: verify(rows) for rows in ROWS}, target.device)
+
+    states = {batch: _committed(drafter, batch) for batch in BATCHES}
+    grown = _medians(
+        {
+            (batch, depth): lambda state=state, depth=depth: drafter.grow(state, TreeConfig(nodes=64, depth=depth))
+            for batch, (state, _) in states.items()
+            for depth in LEVELS
+        },
+        target.device,
+    )
+
+    def commit(state: Any, accepted: Accepted) -> None:
+        drafter.commit(state, accepted)
+        state.truncate([length - ACCEPTED for length in state.lengths])
+
+    committed = _medians(
+        {batch: lambda state=state, new=new: commit(state, new) for batch, (state, new) in states.items()},
+        target.device,
+    )
+    first, last = LEVELS
+    level = {b: max(0.0, grown[b, last] - grown[b, first]) / (last - first) for b in BATCHES}
+    return Costs(
+        tuple(verified.items()),
+        tuple(level.items()),
+        tuple((batch, committed[batch] + grown[batch, first]) for batch in BATCHES),
+    )
+
+
+def _committed(drafter: TreeDrafter, batch: int) -> tuple[Any, Accepted]:
+    """A draft state that holds a prompt, and what a round would add to it."""
+    target = drafter.target
+    prefix = min(PREFIX, target.max_positions - 2 * ACCEPTED)
+    state = drafter.new_state(batch, prefix + 64)
+    width = target.hidden_size
+
+    def accepted(count: int, *, contemplated: bool) -> Accepted:
+        zeros = torch.zeros(batch, count, dtype=torch.int64, device=target.device)
+        features = torch.ones(batch, count, 3 * width, dtype=target.dtype, device=target.device)
+        future = features.new_ones(batch, count, 4 * width) if contemplated else None
+        return Accepted(zeros, [count] * batch, zeros[:, 0], features, future, zeros if contemplated else None)
+
+    drafter.commit(state, accepted(prefix, contemplated=False))
+    return state, accepted(ACCEPTED, contemplated=drafter.contemplation is not None)
+
+
+def _medians(runs: dict[Any, Callable[[], Any]], device: torch.device) -> dict[Any, float]:
+    """Milliseconds of each, in turns."""
+    found: dict[Any, list[float]] = {key: [] for key in runs}
+    for _ in range(REPEATS + 1):
+        for key, run in runs.items():
+            began = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            found[key].append((time.perf_counter() - began) * 1e3)
+    return {key: median(values[1:]) for key, values in found.items()}  # the first one warms up
+
+
+def machine_key(decoder: Decoder) -> str:
+    """What a tuning holds for."""
+    target = decoder.target
+    parts = [device_name(str(target.device)), str(target.dtype).removeprefix("torch.")]
+    if target.device.type == "cpu":
+        parts.insert(1, f"{torch.get_num_threads()} threads")
+    return ", ".join([*parts, *([target.quantization] if target.quantization else [])])
+
+
+def write(folder: Path, decoder: Decoder, tuning: Tuning) -> Path:
+    """Keep the tuning beside the draft, or in the user's cache where the draft's folder cannot be written to."""
+    entry = dataclasses.asdict(tuning) | {
+        "confu": __version__,
+        "torch": torch.__version__,
+        "commit": checkout()[0],
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+    for path in _places(folder):
+        machines = _machines(path) | {machine_key(decoder): entry}
+        document = {"schema_version": SCHEMA_VERSION, "machines": machines}
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            return path
+    raise ValueError(f"Neither {folder} nor {cache_dir()} can be written to; name another folder in CONFU_CACHE.")
+
+
+def read(folder: Path, decoder: Decoder) -> tuple[TreeConfig, Costs] | None:
+    """Limits and costs found for this draft on this machine; None where it was not tuned."""
+    for path in _places(folder):
+        entry = _machines(path).get(machine_key(decoder))
+        if entry is not None:
+            costs = {name: tuple((size, ms) for size, ms in points) for name, points in entry["costs"].items()}
+            return from_dict(TreeConfig, entry["tree"], source=str(path)), Costs(**costs)
+    return None
+
+
+def _places(folder: Path) -> tuple[Path, Path]:
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    return folder / FILE, cache_dir() / "tuned" / f"{name}.json"
+
+
+def _machines(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["schema_version"] == SCHEMA_VERSION:
+            return document["machines"]
+        logger.warning("%s is of another version and is not read; run `confu tune` again", path)
+    except OSError:
+        pass
+    except (ValueError, KeyError, TypeError):
+        logger.warning("%s is damaged and is not read; run `confu tune` again", path)
+    return {}
