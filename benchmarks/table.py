@@ -6,7 +6,8 @@
 ``<!-- tau:NAME -->`` ... ``<!-- /tau -->`` is filled from benchmarks/results/NAME, ``<!-- bench:NAME -->`` ...
 ``<!-- /bench -->`` from the run of `confu bench` kept there (``bench:A,B,...``: runs side by side),
 ``<!-- runs:A,B,... -->`` ... ``<!-- /runs -->`` from the runs A, B, ..., ``<!-- training-table -->`` ...
-``<!-- /training-table -->`` from all runs that are folders, ``<!-- throughput -->`` ... ``<!-- /throughput -->`` from
+``<!-- /training-table -->`` from all runs that are folders, ``<!-- speed:NAME -->`` ... ``<!-- /speed -->`` from
+benchmarks/results/speed/NAME (what `speed.py` left there), ``<!-- throughput -->`` ... ``<!-- /throughput -->`` from
 bench-train.jsonl, and ``<!-- evaluations:NAME -->`` ... ``<!-- /evaluations -->`` from benchmarks/results/NAME.jsonl
 (losses of drafts on one held-out set). A run is benchmarks/results/training/A.jsonl, or a folder A there with
 config.json, metrics.jsonl and, if there is something to say, a line in note.txt.
@@ -17,7 +18,9 @@ from __future__ import annotations
 import json
 import re
 import sys
+from math import exp
 from pathlib import Path
+from statistics import median, quantiles
 from typing import Any
 
 from confu.bench.equality import compare
@@ -33,8 +36,10 @@ from confu.bench.tables import (
     find,
     overall_table,
     ratio_lines,
+    span,
     with_interval,
 )
+from confu.pages.page import NONE
 from confu.stats import Stats
 from confu.training.report import read_metrics, read_run, summary
 
@@ -45,6 +50,7 @@ BENCH = re.compile(r"(<!-- bench:([\w.,-]+) -->\n).*?(<!-- /bench -->)", re.DOTA
 RUNS = re.compile(r"(<!-- runs:([\w,-]+) -->\n).*?(<!-- /runs -->)", re.DOTALL)
 EVALUATIONS = re.compile(r"(<!-- evaluations:([\w-]+) -->\n).*?(<!-- /evaluations -->)", re.DOTALL)
 THROUGHPUT = re.compile(r"(<!-- throughput -->\n).*?(<!-- /throughput -->)", re.DOTALL)
+SPEED = re.compile(r"(<!-- speed:([\w-]+) -->\n).*?(<!-- /speed -->)", re.DOTALL)
 TRAINING = re.compile(r"(<!-- training-table -->\n).*?(<!-- /training-table -->)", re.DOTALL)
 
 
@@ -56,6 +62,7 @@ def main() -> int:
         new = BENCH.sub(lambda found: found[1] + bench(found[2].split(",")) + found[3], new)
         new = RUNS.sub(lambda found: found[1] + runs(found[2].split(",")) + found[3], new)
         new = EVALUATIONS.sub(lambda found: found[1] + evaluations(found[2]) + found[3], new)
+        new = SPEED.sub(lambda found: found[1] + speed(RESULTS / "speed" / found[2]) + found[3], new)
         new = THROUGHPUT.sub(lambda found: found[1] + throughput() + found[2], new)
         new = TRAINING.sub(lambda found: found[1] + training() + found[2], new)
         if new != old:
@@ -210,6 +217,125 @@ def training() -> str:
         "it compares only where their number is the same. Tau is tokens per round on the run's own evaluation prompts.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def speed(folder: Path) -> str:
+    """What `speed.py` measured, one table for each part, and how each was measured."""
+    rows, run = read_rows(folder / "rows.jsonl"), json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    tables = [
+        make([row for row in rows if row["part"] == part])
+        for part, make in SPEED_TABLES.items()
+        if any(row["part"] == part for row in rows)
+    ]
+    by_conditions: dict[str, list[str]] = {}
+    for part in dict.fromkeys(row["part"] for row in rows):
+        how, machine = run[part], run[part]["machine"]
+        contemplate = "every node" if how["contemplate"] is None else f"{how['contemplate']} nodes"
+        said = (
+            f"{how['target']} in {how['dtype']}, answers of {how['new_tokens']} tokens, {how['repeats']} repeats, "
+            f"contemplate rows for {contemplate}; {machine['cpu']}, {machine['threads']} of "
+            f"{machine['cores']} cores, torch {machine['torch']}, transformers {machine['transformers']}, commit "
+            f"{(how['commit'] or 'unknown')[:10]}{' (modified)' if how['dirty'] else ''}, {how['date']}."
+        )
+        by_conditions.setdefault(said, []).append(part)
+    notes = [f"{', '.join(parts)}: {said}" for said, parts in by_conditions.items()]
+    return "\n\n".join([*(f"{one.caption}:\n\n{one.markdown()}" for one in tables), *notes]) + "\n"
+
+
+def forward_table(rows: list[dict[str, Any]]) -> Table:
+    seconds = {(row["rows"], row["case"]): row["seconds"] for row in rows}
+    header = ["rows", "packed", "int8", "model's own code", "products alone", "packed / products", "model's / packed"]
+    lines = []
+    for count in dict.fromkeys(row["rows"] for row in rows):
+        packed, int8, own, products = (seconds[count, case] for case in ("packed", "int8", "model", "products"))
+        ratios = [f"{median(packed) / median(products):.2f}", f"{median(own) / median(packed):.2f}"]
+        lines.append([str(count), *map(milliseconds, (packed, int8, own, products)), *ratios])
+    caption = f"Milliseconds of a verification forward behind {rows[0]['prefix']} tokens, median (quartiles)"
+    return Table(caption, header, lines)
+
+
+def plain_table(rows: list[dict[str, Any]]) -> Table:
+    names = {"transformers": "transformers, model.generate", "model": "ours, the model's own code", "packed": "packed",
+             "int8": "packed, int8"}  # fmt: skip
+    sums = {(row["case"], row["prompt"]): (row["num_tokens"], median(row["seconds"])) for row in rows}
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    lines = []
+    for case, name in names.items():
+        columns = list(zip(*(sums[case, p] + sums["transformers", p] for p in prompts), strict=True))
+        tokens, taken, *_ = totals = [sum(column) for column in columns]
+        interval = bootstrap(columns, ratio_of_ratios) if case != "transformers" else None
+        lines.append([name, f"{over(tokens, taken):.1f}", f"{ratio_of_ratios(*totals):.2f}", span(interval)])
+    caption = f"Plain decoding of {len(prompts)} prompts, one at a time"
+    return Table(caption, ["decoded by", "tokens/s", "over transformers", "95 %"], lines)
+
+
+def prefix_table(rows: list[dict[str, Any]]) -> Table:
+    lines = []
+    for tree, plain in zip(rows[::2], rows[1::2], strict=True):
+        ratio = median(tree["seconds"]) / median(plain["seconds"])
+        cells = [milliseconds(tree["seconds"]), milliseconds(plain["seconds"]), f"{ratio:.2f}"]
+        lines.append([f"{tree['prefix']:,}", *cells, f"{tree['cache_bytes'] / 1e6:.1f}"])
+    nodes = f"{rows[0]['nodes']} nodes"
+    header = ["tokens before", nodes, "1 row", f"{nodes} / 1 row", "cache, MB"]
+    return Table("Milliseconds of a round's verification by what lies before it, median (quartiles)", header, lines)
+
+
+def batch_table(rows: list[dict[str, Any]]) -> Table:
+    """Of the repeats, in which all decode the same prompts, the medians."""
+    plain = {row["batch"]: row["seconds"] for row in rows if row["case"] == "plain"}
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        name = f"{row['case']}, {row['nodes']} nodes, depth {row['depth']}" if "nodes" in row else row["case"]
+        ratio = median(base / mine for base, mine in zip(plain[row["batch"]], row["seconds"], strict=True))
+        speedup = f" ({ratio:.2f}, tau {row['tau']:.2f})" if "nodes" in row else ""
+        lines.setdefault(name, [name]).append(f"{row['num_tokens'] / median(row['seconds']):.1f}{speedup}")
+    caption = "Tokens per second of all sequences together (times plain decoding, tau), by batch"
+    return Table(caption, ["draft", *map(str, plain)], list(lines.values()))
+
+
+def memory_table(rows: list[dict[str, Any]]) -> Table:
+    lines = []
+    for row in rows:
+        needed, peak = row["weight_bytes"] + row["cache_bytes"], row["peak_bytes"] - row["before_bytes"]
+        lines.append([row["case"], *(f"{x / 1e6:.1f}" for x in (row["weight_bytes"], row["cache_bytes"], peak)),
+                      f"{peak / needed:.2f}"])  # fmt: skip
+    header = ["draft", "weights", "caches", "peak", "peak / (weights + caches)"]
+    return Table("Memory of a fresh process beyond its imports, mapped weight files included, MB", header, lines)
+
+
+def quality_table(rows: list[dict[str, Any]]) -> Table:
+    exact = rows[0]["nll"]
+    lines = []
+    for row in rows:
+        columns = [row["nll"], exact, [row["num_tokens"]] * len(exact)]
+        perplexity, ratio = exp(sum(row["nll"]) / sum(columns[2])), worse(*map(sum, columns))
+        interval = bootstrap(columns, worse) if row is not rows[0] else None
+        shown = f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else NONE
+        lines.append([row["dtype"], row["quantization"] or NONE, f"{perplexity:.3f}", f"{ratio:.4f}", shown])
+    caption = f"Perplexity of the target on {len(exact)} windows of {rows[0]['num_tokens'] + 1} tokens of these pages"
+    return Table(caption, ["dtype", "rounded to", "perplexity", "over float32", "95 %"], lines)
+
+
+def worse(nll: float, exact: float, num_tokens: float) -> float:
+    """Ratio of two perplexities."""
+    return exp((nll - exact) / num_tokens)
+
+
+def milliseconds(seconds: list[float]) -> str:
+    if len(seconds) < 2:
+        return f"{1e3 * seconds[0]:.1f}"
+    low, middle, high = (1e3 * second for second in quantiles(seconds, method="inclusive"))
+    return f"{middle:.1f} ({low:.1f} to {high:.1f})"
+
+
+SPEED_TABLES = {
+    "forward": forward_table,
+    "plain": plain_table,
+    "prefix": prefix_table,
+    "batch": batch_table,
+    "memory": memory_table,
+    "quality": quality_table,
+}
 
 
 def origin(init: str | None) -> str:

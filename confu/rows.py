@@ -49,8 +49,8 @@ class Rows:
     def rotate(
         self,
         mixed: Float[Tensor, "B R heads W"],
-        cos: Float[Tensor, "B R W"],
-        sin: Float[Tensor, "B R W"],
+        cos: Float[Tensor, "#B R W"],
+        sin: Float[Tensor, "#B R W"],
         num_heads: int,
         norms: Float[Tensor, "HG W"] | None = None,
         eps: float = 0.0,
@@ -120,8 +120,8 @@ class NativeRows(Rows):
         normed, total = torch.empty_like(x), x
         there = added = None
         if delta is not None:
-            total = torch.empty_like(x)
-            added, there = delta.contiguous().data_ptr(), total.data_ptr()
+            total, delta = torch.empty_like(x), delta.contiguous()  # a copy has to live until the call
+            added, there = delta.data_ptr(), total.data_ptr()
         self._functions["add_norm", x.dtype](
             x.data_ptr(), added, weight.data_ptr(), there, normed.data_ptr(), x.numel() // width, width, eps
         )
@@ -130,8 +130,8 @@ class NativeRows(Rows):
     def rotate(
         self,
         mixed: Float[Tensor, "B R heads W"],
-        cos: Float[Tensor, "B R W"],
-        sin: Float[Tensor, "B R W"],
+        cos: Float[Tensor, "#B R W"],
+        sin: Float[Tensor, "#B R W"],
         num_heads: int,
         norms: Float[Tensor, "HG W"] | None = None,
         eps: float = 0.0,

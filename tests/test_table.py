@@ -1,4 +1,4 @@
-"""Tables of training runs: flat files and folders, evaluations among the reports."""
+"""Tables of training runs, of benchmark runs and of speed, from made-up rows."""
 
 import gzip
 import importlib.util
@@ -129,3 +129,80 @@ def test_bench_runs_are_shown_alone_by_task_and_side_by_side(table, tmp_path):
         "| confu | 2.00 (2.00 to 2.00) | 1.50 (1.50 to 1.50) | 0 of 2 | 2.00 (2.00 to 2.00) | 1.5"
     )
     assert [line for line in after if "temperature 0.7" in line] != []
+
+
+def keep_speed(folder: Path, rows: list[dict]) -> None:
+    how = {"target": "tiny", "dtype": "bfloat16", "repeats": 3, "new_tokens": 9, "contemplate": None, "drafts": ["d"]}
+    how |= {"machine": {"cpu": "none", "cores": 2, "threads": 1, "torch": "0", "transformers": "0"}}
+    how |= {"commit": "c" * 40, "dirty": False, "date": "2026-01-01"}
+    folder.mkdir(parents=True)
+    run = {row["part"]: how | ({"dirty": True} if row["part"] == "memory" else {}) for row in rows}
+    (folder / "run.json").write_text(json.dumps(run))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def made_speed() -> list[dict]:
+    rows = [
+        {"part": "forward", "rows": 4, "prefix": 256, "case": case, "seconds": [s, 2 * s, 3 * s]}
+        for case, s in (("packed", 0.003), ("int8", 0.001), ("model", 0.006), ("products", 0.002))
+    ]
+    rows += [
+        {"part": "plain", "prompt": prompt, "case": case, "num_tokens": 10, "seconds": [s]}
+        for prompt in ("chat", "code")
+        for case, s in (("transformers", 4.0), ("model", 5.0), ("packed", 2.0), ("int8", 1.0))
+    ]
+    rows += [
+        {"part": "prefix", "prefix": 2048, "nodes": nodes, "cache_bytes": 3_000_000, "seconds": [s]}
+        for nodes, s in ((16, 0.03), (1, 0.02))
+    ]
+    shape = {"nodes": 8, "depth": 4, "topk": 8}
+    for batch in (1, 2):
+        tokens = {"part": "batch", "batch": batch, "num_tokens": 10 * batch}
+        # The median of the ratios, 2, is not the ratio of the medians.
+        rows.append({**tokens, "case": "plain", "tau": 1.0, "seconds": [1.0, 4.0, 8.0]})
+        rows.append({**tokens, "case": "d", **shape, "tau": 1.5, "seconds": [1.0, 2.0, 1.0]})
+    memory = {"weight_bytes": 80_000_000, "cache_bytes": 20_000_000}
+    rows.append({"part": "memory", "case": "d", **memory, "before_bytes": 50_000_000, "peak_bytes": 200_000_000})
+    for rounded, nll in ((None, [10.0, 10.0]), ("int8", [11.0, 9.5])):
+        rows.append({"part": "quality", "dtype": "float32", "quantization": rounded, "num_tokens": 5, "nll": nll})
+    return rows
+
+
+def test_speed_is_a_table_for_each_part(table, tmp_path):
+    keep_speed(tmp_path / "results" / "speed" / "here", made_speed())
+    document = tmp_path / "docs" / "speed.md"
+    document.write_text("<!-- speed:here -->\n<!-- /speed -->\n")
+    assert table.main() == 0
+    lines = document.read_text().splitlines()
+    assert [line for line in lines if line.startswith("| ") and not line.startswith("| ---")] == [
+        "| rows | packed | int8 | model's own code | products alone | packed / products | model's / packed |",
+        "| 4 | 6.0 (4.5 to 7.5) | 2.0 (1.5 to 2.5) | 12.0 (9.0 to 15.0) | 4.0 (3.0 to 5.0) | 1.50 | 2.00 |",
+        "| decoded by | tokens/s | over transformers | 95 % |",
+        "| transformers, model.generate | 2.5 | 1.00 | – |",
+        "| ours, the model's own code | 2.0 | 0.80 | 0.80 to 0.80 |",
+        "| packed | 5.0 | 2.00 | 2.00 to 2.00 |",
+        "| packed, int8 | 10.0 | 4.00 | 4.00 to 4.00 |",
+        "| tokens before | 16 nodes | 1 row | 16 nodes / 1 row | cache, MB |",
+        "| 2,048 | 30.0 | 20.0 | 1.50 | 3.0 |",
+        "| draft | 1 | 2 |",
+        "| plain | 2.5 | 5.0 |",
+        "| d, 8 nodes, depth 4 | 10.0 (2.00, tau 1.50) | 20.0 (2.00, tau 1.50) |",
+        "| draft | weights | caches | peak | peak / (weights + caches) |",
+        "| d | 80.0 | 20.0 | 150.0 | 1.50 |",
+        "| dtype | rounded to | perplexity | over float32 | 95 % |",
+        "| float32 | – | 7.389 | 1.0000 | – |",
+        "| float32 | int8 | 7.768 | 1.0513 | 0.9048 to 1.2214 |",
+    ]
+    notes = [line for line in lines if "2026-01-01" in line]
+    assert [note.partition(":")[0] for note in notes] == ["forward, plain, prefix, batch, quality", "memory"]
+    assert "1 of 2 cores" in notes[0]
+    assert "(modified)" in notes[1]
+
+
+def test_speed_shows_the_parts_that_there_are(table, tmp_path):
+    keep_speed(tmp_path / "results" / "speed" / "short", [row for row in made_speed() if row["part"] == "memory"])
+    (tmp_path / "docs" / "speed.md").write_text("<!-- speed:short -->\n<!-- /speed -->\n")
+    assert table.main() == 0
+    text = (tmp_path / "docs" / "speed.md").read_text()
+    assert text.count("\n| --- |") == 1
+    assert "| d | 80.0 | 20.0 | 150.0 | 1.50 |" in text

@@ -1,0 +1,281 @@
+"""The compiled row operations against those in torch, when torch takes their place, and how the library is made."""
+
+import ctypes
+import itertools
+import logging
+import subprocess
+
+import pytest
+import torch
+
+from confu import rows as module
+from confu.rows import MOST_ROWS, WIDEST_HEAD, NativeRows, Rows, rows
+
+DTYPES = (torch.float32, torch.bfloat16)
+EPS = 1e-5
+
+
+def random(*shape, seed: int = 0, dtype: torch.dtype = torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def same(ours, theirs, *, steps: float = 1, of: float = 0) -> None:
+    """Tensors of one type and shape, apart by ``steps`` roundings of themselves, or of the summands ``of`` a sum."""
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        eps = torch.finfo(a.dtype).eps if a.is_floating_point() else 0
+        assert a.isfinite().all()
+        torch.testing.assert_close(a.double(), b.double(), rtol=steps * eps, atol=steps * eps * of)
+
+
+@pytest.fixture(scope="module")
+def library():
+    """The compiled functions; without a compiler there is nothing to compare."""
+    try:
+        return ctypes.CDLL(str(module._library()))
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def native(library):
+    return NativeRows(library)
+
+
+@pytest.fixture
+def hollow(library):
+    """Without its functions: a call that would use them raises KeyError."""
+    native = NativeRows(library)
+    native._functions.clear()
+    return native
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 576), (1, 33, 64), (3, 5, 7), (2, 64, 33)])
+def test_add_norm(native, dtype, shape):
+    x, delta = random(*shape, dtype=dtype), random(*shape, seed=1, dtype=dtype)
+    x[0, 0] = delta[0, 0] = 0
+    weight = random(shape[-1], seed=2, dtype=dtype)
+    before = x.clone()
+    steps = 8 if dtype == torch.float32 else 1  # a sum in another order
+    (total, normed), (their_total, their_normed) = (r.add_norm(x, delta, weight, EPS) for r in (native, Rows()))
+    assert torch.equal(total, their_total)
+    same([normed], [their_normed], steps=steps)
+    assert normed[0, 0].eq(0).all()
+    (total, normed), (_, their_normed) = (r.add_norm(x, None, weight, EPS) for r in (native, Rows()))
+    assert total is x
+    assert torch.equal(x, before)
+    same([normed], [their_normed], steps=steps)
+    transposed = delta.transpose(0, 1).contiguous().transpose(0, 1)  # same numbers, other strides
+    same(native.add_norm(x, transposed, weight, EPS), Rows().add_norm(x, delta, weight, EPS), steps=steps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_norms", [False, True])
+@pytest.mark.parametrize("one_turn", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "num_rows", "heads", "groups", "width"),
+    [(1, 1, 9, 3, 64), (1, 33, 4, 4, 16), (3, 7, 4, 2, 8), (2, 5, 0, 3, 16), (2, 64, 2, 1, 6)],
+)
+def test_rotate(native, dtype, with_norms, one_turn, batch, num_rows, heads, groups, width):
+    mixed = random(batch, num_rows, heads + 2 * groups, width, dtype=dtype)
+    angles = random(1 if one_turn else batch, num_rows, width, seed=1)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    norms = random(heads + groups, width, seed=2, dtype=dtype) if with_norms else None
+    ours, theirs = (r.rotate(mixed, cos, sin, heads, norms, EPS) for r in (native, Rows()))
+    assert [x.shape[1] for x in ours] == [heads, groups, groups]
+    assert torch.equal(ours[2], theirs[2])  # values are only moved
+    largest = mixed.abs().max().item() * (norms.abs().max().item() if norms is not None else 1)
+    same(ours, theirs, steps=4 if dtype == torch.float32 else 1, of=largest)
+
+
+def test_rotate_reads_the_turn_of_its_own_sequence(native):
+    """One turn given for all is that turn for each, and two turns are not."""
+    mixed, cos, sin = random(2, 3, 6, 8), random(2, 3, 8, seed=1), random(2, 3, 8, seed=2)
+    each = [torch.cat(x) for x in zip(*(native.rotate(mixed[b, None], cos[b, None], sin[b, None], 2) for b in (0, 1)),
+                                      strict=True)]  # fmt: skip
+    same(native.rotate(mixed, cos, sin, 2), each, steps=0)
+    shared = native.rotate(mixed, cos[:1], sin[:1], 2)
+    same(shared, native.rotate(mixed, cos[:1].repeat(2, 1, 1), sin[:1].repeat(2, 1, 1), 2), steps=0)
+    assert not torch.equal(shared[0], each[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 3072), (2, 33, 30), (3, 5, 2), (1, 128, 64)])
+def test_gate(native, dtype, shape):
+    x = 6 * random(*shape, dtype=dtype)
+    same([native.gate(x)], [Rows().gate(x)], steps=8 if dtype == torch.float32 else 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gate_at_its_ends(native, dtype):
+    gates = torch.tensor([-1e4, -200.0, -104, -88, -80, -17, -1e-20, -0.0, 0.0, 1e-20, 17, 80, 88, 200, 1e4])
+    for up in (1.0, -3.0, 0.0):
+        x = torch.cat([gates, torch.full_like(gates, up)])[None, None].to(dtype)
+        ours, theirs = native.gate(x), Rows().gate(x)
+        assert ours.isfinite().all()
+        # Below -80 the exact values go down to 1e-300: nothing, in float32 too.
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=8 * torch.finfo(dtype).eps, atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 576), (33, 7), (2, 5, 1), (128, 40)])
+def test_quantize(native, dtype, shape):
+    x = random(*shape, dtype=dtype)
+    rows = x.view(-1, shape[-1])
+    rows *= torch.logspace(-10, 30, len(rows)).to(dtype)[:, None]
+    rows[0] = 0
+    (ours, our_scales), (theirs, their_scales) = native.quantize(x), Rows().quantize(x)
+    same([our_scales], [their_scales], steps=2)
+    assert ours.dtype == theirs.dtype == torch.int8
+    assert ours.view(-1, shape[-1])[0].eq(0).all()
+    assert ours.view(-1, shape[-1])[1:].abs().amax(-1).eq(127).all()
+    steps = (ours.int() - theirs.int()).abs()
+    at = x.double() / their_scales[..., None].double()
+    off_tie = ((at - at.floor()) - 0.5).abs()
+    assert steps.max() <= 1
+    assert off_tie[steps == 1].le(1e-4).all()  # only where a number lies between two steps
+
+
+def test_quantize_ends_at_127(native):
+    """The largest number of a row is 127 steps, never -128 or an overflow."""
+    for largest in (3e38, 1.0, 1e-5, 1e-12, 1e-13, 1e-38, 0.0):
+        x = torch.tensor([[largest, -largest, largest / 3, 0.0]])
+        (ours, scale), (theirs, their_scale) = native.quantize(x), Rows().quantize(x)
+        assert torch.equal(ours, theirs), largest
+        same([scale], [their_scale], steps=2)
+        assert ours[0, 0] == -ours[0, 1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 576), (33, 7), (2, 5, 1)])
+def test_rescale(native, dtype, with_bias, shape):
+    x, scales = 1000 * random(*shape), random(*shape[:-1], seed=1).abs()
+    bias = random(shape[-1], seed=2, dtype=dtype) if with_bias else None
+    ours, theirs = (r.rescale(x, scales, bias, dtype) for r in (native, Rows()))
+    same([ours], [theirs], of=(x * scales[..., None]).abs().max().item() if with_bias else 0)
+
+
+def calls(x, other):
+    """Every operation on rows like ``x`` [B, R, W], by name, to be given to either implementation."""
+    width, dtype = x.shape[-1], x.dtype
+    weight = random(width, seed=7).to(dtype)
+    turn = random(*x.shape[:2], 8, seed=8).to(dtype)
+    heads = x.unflatten(-1, (-1, 8))
+    return {
+        "add_norm": lambda r: r.add_norm(x, other, weight, EPS),
+        "rotate": lambda r: r.rotate(heads, turn, turn + 1, 2, None, EPS),
+        "gate": lambda r: [r.gate(x)],
+        "quantize": lambda r: r.quantize(x),
+        "rescale": lambda r: [r.rescale(x, x[..., 0].contiguous(), weight, dtype)],
+    }
+
+
+OPERATIONS = ("add_norm", "rotate", "gate", "quantize", "rescale")
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_call_that_is_served_is_native(hollow, name):
+    """What the next test relies on."""
+    with pytest.raises(KeyError):
+        calls(random(2, 3, 48), random(2, 3, 48, seed=1))[name](hollow)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("kind", ["float64", "float16", "not contiguous", "many rows", "many rows of a batch"])
+def test_torch_does_the_rest(hollow, name, kind):
+    shape = {"many rows": (1, MOST_ROWS + 1, 48), "many rows of a batch": (2, MOST_ROWS // 2 + 1, 48)}.get(
+        kind, (2, 3, 48)
+    )
+    x, other = random(*shape), random(*shape, seed=1)
+    if kind.startswith("float"):
+        x, other = x.to(getattr(torch, kind)), other.to(getattr(torch, kind))
+    if kind == "not contiguous":
+        x = random(2, 3, 96)[..., ::2]
+        assert not x.is_contiguous()
+    call = calls(x, other)[name]
+    same(call(hollow), call(Rows()), steps=0)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("shape", [(1, 0, 48), (0, 3, 48)])
+def test_of_no_rows_come_no_rows(native, name, shape):
+    call = calls(random(*shape), random(*shape))[name]
+    same(call(native), call(Rows()), steps=0)
+
+
+def test_torch_turns_heads_that_are_too_wide(hollow):
+    mixed, turn = random(1, 2, 3, WIDEST_HEAD + 2), random(1, 2, WIDEST_HEAD + 2, seed=1)
+    same(hollow.rotate(mixed, turn, turn, 1), Rows().rotate(mixed, turn, turn, 1), steps=0)
+    turn = random(1, 2, 8, seed=1).double()
+    mixed = random(1, 2, 3, 8)
+    same(hollow.rotate(mixed, turn, turn, 1), Rows().rotate(mixed, turn, turn, 1), steps=0)  # turns of another type
+
+
+def test_denormal_numbers_stay(native):
+    """A library linked with -ffast-math would flush them to zero in the whole process."""
+    native.gate(random(1, 1, 8))
+    assert (torch.tensor([1e-38]) * 0.01).item() > 0
+
+
+@pytest.fixture
+def fresh(library, tmp_path, monkeypatch):
+    """An empty cache, and nothing remembered of the library before or after. Lists the commands that were run."""
+    monkeypatch.setenv("CONFU_CACHE", str(tmp_path))
+    ran, run = [], subprocess.run
+    monkeypatch.setattr(
+        module.subprocess, "run", lambda command, **options: ran.append(command) or run(command, **options)
+    )
+    rows.cache_clear()
+    yield ran
+    rows.cache_clear()
+
+
+def test_the_library_is_built_once(fresh, tmp_path, monkeypatch):
+    built = module._library()
+    assert list((tmp_path / "native").iterdir()) == [built]  # and nothing of its making
+    assert len(fresh) == 2
+    assert module._library() == built
+    assert len(fresh) == 2
+    assert type(rows()) is NativeRows
+    assert rows() is rows()
+    same([rows().gate(random(1, 3, 8))], [Rows().gate(random(1, 3, 8))], steps=8)
+    monkeypatch.setattr(module, "_processor", lambda: "another")  # a cache that several machines share
+    assert module._library() != built
+    assert len(fresh) == 4
+
+
+def test_another_source_is_another_library(fresh, tmp_path, monkeypatch):
+    source = tmp_path / "rows.cpp"
+    source.write_text(module.SOURCE.read_text(encoding="utf-8") + "// changed\n", encoding="utf-8")
+    first = module._library()
+    monkeypatch.setattr(module, "SOURCE", source)
+    assert module._library() != first
+
+
+@pytest.mark.parametrize("trouble", ["broken compiler", "no such compiler", "no compiler", "read-only cache"])
+def test_without_the_library_torch_takes_its_place(fresh, tmp_path, monkeypatch, caplog, trouble):
+    said = {
+        "broken compiler": "returned non-zero exit status 1",
+        "no such compiler": "No such file or directory: '/nowhere/c++'",
+        "no compiler": "there is no C++ compiler",
+        "read-only cache": "File exists",
+    }[trouble]
+    monkeypatch.delenv("CXX", raising=False)
+    if trouble == "broken compiler":
+        monkeypatch.setenv("CXX", "false")
+    elif trouble == "no such compiler":
+        monkeypatch.setenv("CXX", "/nowhere/c++")
+    elif trouble == "no compiler":
+        monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    else:
+        (tmp_path / "native").write_text("a file where the folder should be")
+    with caplog.at_level(logging.INFO, logger="confu.rows"):
+        assert type(rows()) is Rows
+        assert rows() is rows()  # and does not try again
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert "rows.cpp is not used, torch takes its place" in caplog.text
+    assert said in caplog.text
+    assert not list(itertools.chain.from_iterable(path.glob("*") for path in tmp_path.glob("native")))
