@@ -14,7 +14,7 @@ import warnings
 
 from cyclopts import CycloptsError
 
-from confu.commands import bench, data, decode, formats, inspect, train  # noqa: F401 (each registers its commands)
+from confu.commands import bench, data, decode, formats, inspect, train, tune  # noqa: F401 (each registers its commands)
 from confu.commands.app import INTERRUPTED, app, complain
 from confu.models import ModelUnavailable
 

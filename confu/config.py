@@ -43,6 +43,28 @@ class TreeConfig:
 
 
 @dataclass(frozen=True)
+class TreeOptions:
+    """What a command line says of the tree. Without any of these, a draft uses what `confu tune` found for it here."""
+
+    nodes: int | None = None
+    """Nodes the target verifies each round, the root included (30)."""
+    depth: int | None = None
+    """Levels of drafted tokens below the root (6)."""
+    topk: int | None = None
+    """Children expanded per node, and nodes expanded per level (10)."""
+    contemplate: int | None = None
+    """Most probable nodes that carry a contemplate row; every node otherwise, 0 switches the future off."""
+
+    @property
+    def given(self) -> bool:
+        return self != TreeOptions()
+
+    def config(self) -> TreeConfig:
+        """The tree, by `TreeConfig` where nothing is said. Raises ValueError as it does."""
+        return TreeConfig(**{name: value for name, value in dataclasses.asdict(self).items() if value is not None})
+
+
+@dataclass(frozen=True)
 class ComputeConfig:
     """Where and how exactly the models compute."""
 

@@ -32,7 +32,9 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": _num_cores(),
         "memory_bytes": _memory_bytes(),
-        "devices": [_device_name(name) for name in available_devices()],
+        "devices": [
+            f"{name} ({device_name(name)})" if name.startswith("cuda") else name for name in available_devices()
+        ],
         "cache": str(cache_dir()),
         "default_target": DEFAULT_TARGET,
         "shipped_drafts": sorted(config.parent.name for config in SHIPPED_DRAFTS.glob("*/config.json")),
@@ -115,7 +117,10 @@ def _memory_bytes() -> int | None:
         return None
 
 
-def _device_name(name: str) -> str:
+def device_name(name: str) -> str:
+    """What a device is called by its maker; ``name`` itself where that is not known."""
     import torch
 
-    return f"{name} ({torch.cuda.get_device_name(name)})" if name.startswith("cuda") else name
+    if name.startswith("cuda"):
+        return torch.cuda.get_device_name(name)
+    return _cpu_name() if name == "cpu" else name

@@ -101,6 +101,16 @@ def join(
     return Decoder(verifier, drafter, tokenizer, tree)
 
 
+def use_tuning(decoder: Decoder, draft: str | None) -> bool:
+    """Let trees be as `confu tune` found for this draft on this machine; False where it did not."""
+    from confu.tune import read
+
+    found = read(draft_path(draft), decoder) if draft is not None and not is_untrained(draft) else None
+    if found is not None:
+        decoder.tree, decoder.costs = found
+    return found is not None
+
+
 def target_name(draft: str | None, target: str | None) -> str:
     """The target asked for, else the draft's own, else the default one."""
     if target is not None:
@@ -149,6 +159,13 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
 def encode_raw(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text without any template; the tokenizer adds its start token, if it has one."""
     return tokenizer.encode(text)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of one question by the chat template, or as it is for a tokenizer without one."""
+    if tokenizer.chat_template:
+        return encode_chat(tokenizer, [{"role": "user", "content": text}])
+    return encode_raw(tokenizer, text)
 
 
 def is_untrained(draft: str) -> bool:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel
 
 from confu.bench.equality import ROUNDING_GAP, SMALLEST_P
 from confu.config import SamplingConfig, TreeConfig
 from confu.generate import Decoder
 from confu.linear import pack_linears
-from confu.load import encode_chat, encode_raw
+from confu.load import encode_prompt, encode_raw
 from confu.models import Progress, load_target_model
 from confu.stats import Stats
 from confu.terminal.view import first_difference
@@ -107,7 +107,7 @@ def verify_lossless(
     assert decoder.tokenizer is not None
     rows = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
     texts = {row["name"]: row["prompt"] for row in rows}
-    prompts = {name: _encode(decoder.tokenizer, text) for name, text in texts.items()}
+    prompts = {name: encode_prompt(decoder.tokenizer, text) for name, text in texts.items()}
     progress("greedy: the plain model", None)
     plain = _plain_greedy(model, decoder, list(prompts.values()), max_new_tokens)
     checks = []
@@ -185,12 +185,6 @@ def chi_square_test(
         return 1, chi_square, 1.0
     p_value = torch.special.gammaincc(freedom, torch.tensor(chi_square / 2, dtype=torch.float64)).item()
     return len(large), chi_square, p_value
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    if tokenizer.chat_template:
-        return encode_chat(tokenizer, [{"role": "user", "content": text}])
-    return encode_raw(tokenizer, text)
 
 
 @torch.inference_mode()

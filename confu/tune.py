@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from confu import __version__
-from confu.cache import KVCache
 from confu.config import SamplingConfig, TreeConfig, from_dict
 from confu.costs import Costs
 from confu.drafter import Accepted, TreeDrafter

@@ -513,3 +513,35 @@ def test_closed_pipe_is_silent():
     assert process.stderr.read() == b""
     assert process.wait(300) == 141
     process.stderr.close()
+
+
+# ---------------------------------------------------------------- tune
+
+
+def test_what_tune_found_is_used(confu_run, home, monkeypatch):
+    from confu import tune
+
+    for name, value in {"ROWS": (1, 8), "BATCHES": (1,), "PREFIX": 16}.items():
+        monkeypatch.setattr(tune, name, value)
+    try:
+        status, out, _ = confu_run("tune", "confu", "--max-new-tokens", "8", "--dtype", "float32", "--json")
+        document = json.loads(out)
+        assert status == 0
+        assert document["trials"][0]["name"] == "plain"
+        assert (home / "confu" / "tuned.json").exists()
+        answer = (*ANSWER, "--json", "--dtype", "float32")
+        tuned = json.loads(confu_run(*answer)[1])
+        assert tuned["tree"] == document["tree"] | {"adaptive": True}
+        fixed = json.loads(confu_run(*answer, "--tree-nodes", "30")[1])
+        assert fixed["tree"] == {"nodes": 30, "depth": 6, "topk": 10, "contemplate": None, "adaptive": False}
+        assert fixed["token_ids"] == tuned["token_ids"]
+        assert json.loads(confu_run(*ANSWER, "--json", "--dtype", "bfloat16")[1])["tree"]["adaptive"] is False
+        status, out, err = confu_run("tune", "confu", "--max-new-tokens", "8", "--dtype", "float32")
+        assert status == 0
+        assert "chosen: at most" in out
+        assert "written to" in err
+    finally:
+        (home / "confu" / "tuned.json").unlink(missing_ok=True)
+    assert confu_run("tune", "lookup")[0] == 2
+    status, _, err = confu_run("tune", "confu", "--max-new-tokens", "4")
+    assert (status, "give 8 or more" in err) == (2, True)

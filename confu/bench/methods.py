@@ -17,7 +17,7 @@ from confu.config import SWEEPABLE, ComputeConfig, TreeConfig
 from confu.draft import load_draft_config
 from confu.generate import Decoder
 from confu.linear import check_quantization
-from confu.load import LOOKUP, find_device, find_dtype, is_untrained, join, pack, read_network
+from confu.load import LOOKUP, find_device, find_dtype, is_untrained, join, pack, read_network, use_tuning
 from confu.models import DEFAULT_TARGET, SHIPPED_DRAFTS, Progress, draft_path, load_target_model
 
 TRAINED = ("eagle3", "confu")
@@ -96,11 +96,13 @@ def load_methods(
     tree: TreeConfig,
     *,
     sweep: Sequence[TreeConfig] = (),
+    tuned: bool = False,
     compute: ComputeConfig | None = None,
     progress: Progress | None = None,
 ) -> list[Method]:
     """Every draft over one loaded target, with ``tree`` or, in a sweep, once with each of its trees that differ for it;
-    their names then tell the trees apart. The plain target and lookup keep to ``tree``."""
+    their names then tell the trees apart. The plain target and lookup keep to ``tree``; with ``tuned``, a trained draft
+    has the adaptive trees that `confu tune` found for it here, if it did."""
     compute = compute or ComputeConfig()
     place = find_device(compute.device)
     precision = find_dtype(compute.dtype, place)
@@ -111,6 +113,11 @@ def load_methods(
     methods = []
     for draft in drafts:
         decoder = join(draft.path, networks[draft], model, forward, tokenizer, tree, progress=progress)
+        if tuned and use_tuning(decoder, draft.path):
+            assert decoder.costs is not None
+            facts = _facts(draft, decoder.tree) | {"costs": dataclasses.asdict(decoder.costs)}
+            methods.append(Method(draft.name, DecoderEngine(decoder), facts))
+            continue
         contemplates = decoder.drafter is not None and decoder.drafter.contemplation is not None
         trees = sweep if sweep and draft.kind not in (PLAIN, LOOKUP) else [tree]
         if not contemplates:
@@ -118,12 +125,15 @@ def load_methods(
         for one in trees:
             name = draft.name if len(trees) == 1 else f"{draft.name} {_differences(one, trees)}"
             engine = DecoderEngine(Decoder(decoder.target, decoder.drafter, tokenizer, one))
-            facts = {"engine": OURS, "kind": draft.kind, "sha256": draft.sha256}
-            facts |= {"draft": Path(draft.path).name} if draft.path else {}
-            facts |= {"tree": dataclasses.asdict(one)} if draft.kind != PLAIN else {}
-            facts |= {"swept": draft.name} if len(trees) > 1 else {}
-            methods.append(Method(name, engine, facts))
+            swept = {"swept": draft.name} if len(trees) > 1 else {}
+            methods.append(Method(name, engine, _facts(draft, one) | swept))
     return methods
+
+
+def _facts(draft: Draft, tree: TreeConfig) -> dict[str, Any]:
+    facts = {"engine": OURS, "kind": draft.kind, "sha256": draft.sha256}
+    facts |= {"draft": Path(draft.path).name} if draft.path else {}
+    return facts | ({"tree": dataclasses.asdict(tree)} if draft.kind != PLAIN else {})
 
 
 def sweep_trees(base: TreeConfig, axes: Sequence[str]) -> list[TreeConfig]:

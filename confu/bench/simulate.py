@@ -119,9 +119,10 @@ def predicted(results: Results, method: str, tau: float) -> float | None:
     The prompt is not in it: the first token of an answer counts neither here nor in `measured`.
     """
     costs = results.run.get("costs")
-    if costs is None or method not in costs["rounds"]:
+    facts = results.run["methods"][method]
+    if costs is None or method not in costs["rounds"] or "costs" in facts:  # adaptive: no two rounds cost the same
         return None
-    target = forward_cost(costs["target"], rows_of(results.run["methods"][method]), _mean_prefix(results, method))
+    target = forward_cost(costs["target"], rows_of(facts), _mean_prefix(results, method))
     return tau / (target + sum(costs["rounds"][method].values()))
 
 
@@ -151,7 +152,7 @@ def elsewhere_table(findings: Findings, hardware: Hardware = H100) -> Table:
     rows = [["plain, tokens/s", *(number(1 / seconds, 0) for seconds in plain)]]
     for name in findings.speculative:
         facts, tau = findings.results.run["methods"][name], findings.overall[name].mean_acceptance_length
-        if facts["engine"] != OURS or facts["kind"] == "draft-model" or tau is None:
+        if facts["engine"] != OURS or facts["kind"] == "draft-model" or "costs" in facts or tau is None:
             continue
         tree, cells = facts["tree"], []
         for (model, batch), base in zip(points, plain, strict=True):

@@ -194,10 +194,13 @@ def conditions(results: Results) -> str:
     """One sentence: how and on what it was measured."""
     run = results.run
     machine, commit = run["machine"], run["commits"][-1]
-    shapes = {tuple(tree[field] for field in SHAPE) for tree in _trees(results)}
-    tree = (
-        "trees as named, " if len(shapes) > 1 else "".join("{} nodes, depth {}, top-k {}, ".format(*s) for s in shapes)
-    )
+    trees = [facts for facts in run["methods"].values() if "tree" in facts]
+    shapes = {tuple(facts["tree"][field] for field in SHAPE) for facts in trees if "costs" not in facts}
+    tree = "adaptive trees, " if any("costs" in facts for facts in trees) else ""
+    if len(shapes) > 1:
+        tree += "trees as named, "
+    elif any(facts["kind"] not in (PLAIN, "lookup") for facts in trees if "costs" not in facts):
+        tree += "".join("{} nodes, depth {}, top-k {}, ".format(*s) for s in shapes)
     repeats = f", {run['repeats']} repeats" if run["repeats"] > 1 else ""
     turns = len({(row["question"], row["turn"]) for row in results.rows})
     version = f"commit {commit['commit'][:10]}" if commit["commit"] else f"version {machine['confu']}"
@@ -240,10 +243,6 @@ def at(values: Sequence[float], index: int) -> float | None:
     return values[index] if index < len(values) else None
 
 
-def _trees(results: Results) -> list[dict[str, Any]]:
-    return [facts["tree"] for facts in results.run["methods"].values() if "tree" in facts]
-
-
 def with_interval(found: Summary | None, value: str) -> str:
     if found is None or getattr(found, value) is None:
         return NONE
@@ -253,7 +252,8 @@ def with_interval(found: Summary | None, value: str) -> str:
 
 def _tau_ratios(results: Results) -> dict[str, tuple[float, Interval]]:
     facts = results.run["methods"]
-    trees = {name: {field: found["tree"][field] for field in SHAPE} for name, found in facts.items() if "tree" in found}
+    fixed = {name: found["tree"] for name, found in facts.items() if "tree" in found and "costs" not in found}
+    trees = {name: {field: tree[field] for field in SHAPE} for name, tree in fixed.items()}
     found = {}
     for mine in trees:
         for theirs in trees:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Group, Parameter
 
 from confu import __version__
-from confu.config import ComputeConfig, SamplingConfig, TreeConfig
+from confu.config import ComputeConfig, SamplingConfig, TreeOptions
 from confu.terminal.screen import Stages, Terminal
 
 if TYPE_CHECKING:
@@ -68,9 +68,9 @@ Dtype = Annotated[
 Quantization = Annotated[str | None, Parameter(group=MODEL, help="int8 checks the target with rounded weights (CPU).")]
 Device = Annotated[str, Parameter(group=MODEL, help="cpu, cuda, cuda:1 ...; auto is cuda where there is one.")]
 Sampling = Annotated[SamplingConfig, Parameter(name="*", group=SAMPLED)]
-Tree = Annotated[TreeConfig, Parameter(name="*", group=TREES, name_transform=_tree_option)]
+Tree = Annotated[TreeOptions, Parameter(name="*", group=TREES, name_transform=_tree_option)]
 Output = Annotated[OutputConfig, Parameter(name="*", group=SHOWN)]
-COMPUTE, SAMPLING, TREE, OUTPUT = ComputeConfig(), SamplingConfig(), TreeConfig(), OutputConfig()
+COMPUTE, SAMPLING, TREE, OUTPUT = ComputeConfig(), SamplingConfig(), TreeOptions(), OutputConfig()
 
 
 def complain(sentence: str, status: int) -> int:
@@ -83,23 +83,27 @@ def load(
     draft: str | None,
     target: str | None,
     compute: ComputeConfig,
-    tree: TreeConfig,
+    tree: TreeOptions,
     *,
     no_draft: bool = False,
-) -> tuple[Decoder, dict[str, str | None]]:
-    """The decoder, and the names that go into a JSON document."""
+) -> tuple[Decoder, dict[str, Any]]:
+    """The decoder, and what a JSON document says of it. Without options, trees are as `confu tune` found for this
+    draft on this machine."""
     if draft is None and not no_draft:
         raise ValueError("No draft was given; name one (`confu info` lists them), or add --no-draft.")
     with Stages(terminal) as progress:
         progress.wait("starting")
-        from confu.load import load_decoder, target_name
+        from confu.load import load_decoder, target_name, use_tuning
 
         name = target_name(draft, target)
         draft = None if no_draft else draft
-        decoder = load_decoder(draft, target=name, tree=tree, progress=progress, **dataclasses.asdict(compute))
+        decoder = load_decoder(draft, target=name, tree=tree.config(), progress=progress, **dataclasses.asdict(compute))
+        if not tree.given:
+            use_tuning(decoder, draft)
     computed = {
         "dtype": str(decoder.target.dtype).removeprefix("torch."),
         "device": str(decoder.target.device),
         "quantization": decoder.target.quantization,
+        "tree": None if draft is None else dataclasses.asdict(decoder.tree) | {"adaptive": decoder.costs is not None},
     }
     return decoder, {"draft": draft, "target": name, **computed}

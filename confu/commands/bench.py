@@ -82,11 +82,13 @@ def bench(
         from confu.bench.run import describe, run_bench
 
         wanted = [word.strip() for word in (methods or "").split(",") if word.strip()]
-        trees = sweep_trees(tree, sweep)
+        shape = tree.config()
+        trees = sweep_trees(shape, sweep)
         chosen, name = choose_drafts(drafts, wanted, target)
-        loaded = load_methods(chosen, name, tree, sweep=trees, compute=compute, progress=progress)
+        tuned = not (tree.given or sweep)
+        loaded = load_methods(chosen, name, shape, sweep=trees, tuned=tuned, compute=compute, progress=progress)
         try:
-            with open_peers(peer, chosen, name, tree, loaded[0]) as (peers, skipped):
+            with open_peers(peer, chosen, name, shape, loaded[0]) as (peers, skipped):
                 for sentence in skipped:
                     terminal.complain(sentence)
                 loaded += peers

@@ -136,7 +136,7 @@ def regenerate(
     _need_files(files)
     terminal = output.terminal()
     own = {"--target": target, "--draft": draft, **_given(compute)}
-    own |= {"--tree-*": tree != TREE, "--batch-size": settings.batch_size != RegenerateConfig.batch_size}
+    own |= {"--tree-*": tree.given, "--batch-size": settings.batch_size != RegenerateConfig.batch_size}
     servers = {"--base-url": base_url, "--model": model, "--concurrency": concurrency != CONCURRENCY}
     if idle := [name for name, given in (own if engine == "openai" else servers).items() if given]:
         raise ValueError(f"Without effect with --engine {engine}: {', '.join(idle)}; leave it out.")
@@ -150,14 +150,14 @@ def regenerate(
         answering = ServerEngine(base_url, settings, model=model, concurrency=concurrency)
         answered_by["model"] = answering.model
     else:
-        if draft is None and tree != TREE:
+        if draft is None and tree.given:
             raise ValueError("Without a draft there is no tree; add --draft, or leave the tree's options out.")
         decoder, names = load(terminal, draft, target, compute, tree, no_draft=draft is None)
         from confu.data.regenerate import DecoderEngine
 
         answering = DecoderEngine(decoder, settings)
         names.pop("device")
-        answered_by |= names | ({"tree": dataclasses.asdict(tree)} if draft else {})
+        answered_by |= {name: value for name, value in names.items() if value is not None}
     from confu.data import regenerate as run
 
     try:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from confu.generate import Token
     from confu.lossless import Report
     from confu.training.rehearse import Throughput
+    from confu.tune import Tuning
 
 STYLES = {"accepted": "green", "own": "bold underline", "rejected": "dim strike"}
 MARKS = {"accepted": ("«", "»"), "own": ("", ""), "rejected": ("~~", "~~")}
@@ -160,6 +161,33 @@ def lossless_view(report: Report) -> Group:
     )
     verdict = "lossless" if report.lossless else "NOT lossless"
     return Group(table, Text(f"sampling: {test.result} ({numbers})"), Text(verdict, "bold"))
+
+
+def tuning_view(found: Tuning) -> Group:
+    """What rounds cost, how each tree did, and the limits chosen."""
+    costs = found.costs
+    cost_table = Table("milliseconds", box=None, pad_edge=False)
+    for size, _ in costs.verify:
+        cost_table.add_column(str(size), justify="right")
+    cost_table.add_row("verify, by rows", *(f"{ms:.1f}" for _, ms in costs.verify))
+    for name, points in (("level, by sequences", costs.level), ("commit, by sequences", costs.commit)):
+        known = dict(points)
+        cost_table.add_row(name, *(f"{known[size]:.1f}" if size in known else "" for size, _ in costs.verify))
+    trials = Table("tree", box=None, pad_edge=False)
+    for name in ("tok/s", "speed-up", "tau", "nodes per round"):
+        trials.add_column(name, justify="right")
+    for trial in found.trials:
+        trials.add_row(
+            trial.name,
+            f"{trial.tokens_per_second:.1f}",
+            f"{trial.speedup:.2f}x",
+            f"{trial.mean_acceptance_length:.2f}",
+            f"{trial.nodes_per_round:.1f}",
+        )
+    tree = found.tree
+    con = "" if tree.contemplate is None else f", contemplate {tree.contemplate}"
+    chosen = f"chosen: at most {tree.nodes} nodes, depth {tree.depth}, top-k {tree.topk}{con}"
+    return Group(cost_table, Text(""), trials, Text(""), Text(chosen, "bold"))
 
 
 def throughput_view(rows: list[Throughput]) -> Table:

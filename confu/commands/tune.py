@@ -1,0 +1,52 @@
+"""confu tune."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from confu.commands.app import COMPUTE, OUTPUT, Compute, DraftName, Output, TargetName, app, load
+from confu.config import TreeOptions
+from confu.terminal.screen import Stages
+from confu.terminal.view import tuning_view
+
+
+@app.command(help_epilogue="Example:\n\n    confu tune smollm2-135m-confu")
+def tune(
+    draft: DraftName = None,
+    /,
+    *,
+    max_new_tokens: int = 96,
+    target: TargetName = None,
+    compute: Compute = COMPUTE,
+    output: Output = OUTPUT,
+) -> None:
+    """Measure what rounds cost here, and let trees be sized by it. Other commands then use it for this draft.
+
+    Parameters
+    ----------
+    max_new_tokens
+        Tokens of each answer to the built-in prompts, by which trees are compared.
+    """
+    if max_new_tokens < 8:
+        raise ValueError(f"--max-new-tokens is {max_new_tokens}; give 8 or more.")
+    terminal = output.terminal()
+    decoder, names = load(terminal, draft, target, compute, TreeOptions(nodes=1))  # whatever was found before
+    from confu.load import encode_prompt
+    from confu.lossless import PROMPTS
+    from confu.models import draft_path
+    from confu.tune import machine_key, tune, write
+
+    assert draft is not None
+    assert decoder.tokenizer is not None
+    texts = [json.loads(line)["prompt"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
+    prompts = [encode_prompt(decoder.tokenizer, text) for text in texts]
+    with Stages(terminal) as progress:
+        found = tune(decoder, prompts, max_new_tokens=max_new_tokens, progress=progress)
+    path = write(draft_path(draft), decoder, found)
+    if terminal.json:
+        del names["tree"]
+        terminal.document(**names, machine=machine_key(decoder), file=str(path), **dataclasses.asdict(found))
+    else:
+        terminal.out.print(tuning_view(found))
+        terminal.say(f"{machine_key(decoder)}: written to {path}")

@@ -1,0 +1,180 @@
+"""The cost model, trees sized by it, and what `confu tune` finds, keeps and hands to the other commands."""
+
+import json
+import logging
+
+import naive
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from confu import tune
+from confu.config import SamplingConfig, TreeConfig, TreeOptions
+from confu.costs import Budget, Costs, between
+from confu.generate import Decoder
+from confu.load import use_tuning
+from confu.lookup import Lookup
+from confu.stats import Stats
+
+FREE = Costs(((1, 1.0),), ((1, 0.0),), ((1, 0.0),))
+DEAR = Costs(((1, 1.0), (2, 100.0)), ((1, 50.0),), ((1, 1.0),))
+PROMPTS = ((3, 1, 4, 1, 5, 9, 2, 6), (2, 7), (31, 41, 59))
+
+
+def test_between_is_linear():
+    points = ((2, 10.0), (4, 20.0), (8, 20.0))
+    assert [between(points, size) for size in (1, 2, 3, 4, 6, 8, 10)] == [10, 10, 15, 20, 20, 20, 20]
+    assert between(((1, 1.0), (2, 3.0)), 5) == 9.0
+    assert between(((4, 7.0),), 100) == 7.0
+
+
+@pytest.mark.parametrize("points", [(), ((2, 1.0), (1, 1.0)), ((1, 1.0), (1, 2.0)), ((1, -1.0),), ((1, float("nan")),)])
+def test_costs_that_are_none_are_refused(points):
+    with pytest.raises(ValueError, match="verify is .*; give pairs of a growing size and milliseconds"):
+        Costs(points, ((1, 1.0),), ((1, 1.0),))
+
+
+@given(
+    scores=st.lists(st.lists(st.floats(-8, 0), min_size=5, max_size=5), min_size=1, max_size=3),
+    verify=st.lists(st.floats(0.1, 9), min_size=6, max_size=6),
+    level=st.floats(0, 5),
+    contemplate=st.sampled_from([None, 0, 1, 3]),
+    depth=st.integers(1, 4),
+)
+def test_nodes_are_those_of_most_tokens_per_millisecond(scores, verify, level, contemplate, depth):
+    """Against every number of nodes, one by one."""
+    batch = len(scores)
+    costs = Costs(tuple((6 * i + 1, sum(verify[: i + 1])) for i in range(6)), ((1, level),), ((1, 2.0),))
+    tree = TreeConfig(nodes=6, depth=4, contemplate=contemplate)
+    budget = Budget(costs, tree, batch, contemplates=True)
+    budget.note(3)  # trust above one
+    ordered = [sorted(row, reverse=True) for row in scores]
+
+    def pace(nodes: int) -> float:
+        con = nodes if contemplate is None else min(contemplate, nodes)
+        spent = between(costs.verify, batch * (nodes + con)) + 2.0 + (depth - 1) * level
+        hoped = sum(torch.tensor(row[: nodes - 1], dtype=torch.float64).exp().sum().item() for row in ordered)
+        return spent / (batch + budget.trust * hoped)
+
+    chosen = budget.nodes(torch.tensor(ordered), depth)
+    assert pace(chosen) <= min(map(pace, range(1, 7))) * (1 + 1e-5)
+
+
+def test_deeper_weighs_what_the_frontier_promises():
+    budget = Budget(Costs(((1, 10.0),), ((1, 2.0),), ((1, 0.0),)), TreeConfig(), 1, contemplates=False)
+    assert budget.deeper(torch.tensor([[-0.5, -1.5]]))  # 0.83 tokens at 10 ms, half of them below: 4 ms
+    assert not budget.deeper(torch.tensor([[-2.0, -2.0]]))  # 0.27: 1.4 ms
+    for _ in range(20):
+        budget.nodes(torch.full((1, 8), -0.1), 3)
+        budget.note(0)
+    assert budget.trust < 0.2  # promises that never come true
+    assert not budget.deeper(torch.tensor([[-0.5, -1.5]]))
+
+
+@pytest.mark.parametrize("costs", [FREE, DEAR, Costs(((1, 20.0), (16, 25.0)), ((1, 1.5), (4, 2.0)), ((1, 3.0),))])
+@pytest.mark.parametrize("method", ["eagle3", "confu", "confu-head"])
+def test_adaptive_trees_emit_what_the_target_does(model, target, drafters, method, costs):
+    """Whatever they cost, and as sequences of a batch come to their ends."""
+    prompts = [list(prompt) for prompt in PROMPTS]
+    decoder = Decoder(target, drafters[method], tree=TreeConfig(nodes=14, depth=5, topk=3), costs=costs)
+    stats = Stats()
+    answers = decoder.generate(prompts, SamplingConfig(max_new_tokens=20), stats=stats)
+    assert [answer.token_ids for answer in answers] == [naive.greedy(model, prompt, 20) for prompt in PROMPTS]
+    [alone] = decoder.generate([prompts[0]], SamplingConfig(max_new_tokens=20))
+    assert alone.token_ids == answers[0].token_ids
+    if costs is DEAR:
+        assert stats.num_draft_tokens == 0
+    if costs is FREE:
+        fixed = Stats()
+        Decoder(target, drafters[method], tree=decoder.tree).generate(
+            prompts, SamplingConfig(max_new_tokens=20), stats=fixed
+        )
+        assert stats.round_lengths == fixed.round_lengths
+        assert stats.num_draft_tokens == fixed.num_draft_tokens
+
+
+def test_a_decoder_measures_positive_growing_costs(target, drafters, monkeypatch):
+    monkeypatch.setattr(tune, "ROWS", (1, 4, 32))
+    monkeypatch.setattr(tune, "BATCHES", (1, 4))
+    monkeypatch.setattr(tune, "PREFIX", 24)
+    costs = tune.measure(Decoder(target, drafters["confu-head"]), drafters["confu-head"])
+    assert [rows for rows, _ in costs.verify] == [1, 4, 32]
+    assert all(ms > 0 for _, ms in costs.verify + costs.commit)
+    assert [batch for batch, _ in costs.level] == [1, 4]
+
+
+def test_only_trained_drafts_are_tuned(target):
+    for drafter in (None, Lookup(target)):
+        with pytest.raises(ValueError, match="Only a trained draft has trees to tune"):
+            tune.tune(Decoder(target, drafter), [[1, 2]], max_new_tokens=8)
+
+
+@pytest.fixture
+def tuning(target, drafters, monkeypatch, tmp_path):
+    monkeypatch.setenv("CONFU_CACHE", str(tmp_path / "cache"))
+    for name, value in {"ROWS": (1, 8), "BATCHES": (1,), "PREFIX": 16, "TREES": (TreeConfig(8, 3, 3),) * 2}.items():
+        monkeypatch.setattr(tune, name, value)
+    decoder = Decoder(target, drafters["confu"])
+    return decoder, tune.tune(decoder, [list(p) for p in PROMPTS], max_new_tokens=8)
+
+
+def test_the_fastest_limits_win(tuning):
+    _, found = tuning
+    names = [trial.name for trial in found.trials]
+    assert names[:2] == ["plain", "default tree"]
+    assert [name.rpartition(" ")[2] for name in names[-4:]] == ["4", "2", "1", "0"]
+    assert found.trials[0].speedup == 1
+    assert found.trials[0].mean_acceptance_length == 1
+    adaptive = [trial for trial in found.trials if trial.adaptive]
+    assert found.tree == max(adaptive, key=lambda trial: trial.speedup).tree or not found.tree.contemplate
+    assert all(trial.nodes_per_round <= 8 for trial in adaptive)
+
+
+def test_findings_are_kept_per_machine(tuning, tmp_path, caplog):
+    decoder, found = tuning
+    folder = tmp_path / "draft"
+    folder.mkdir()
+    assert tune.read(folder, decoder) is None
+    assert tune.write(folder, decoder, found) == folder / "tuned.json"
+    assert tune.read(folder, decoder) == (found.tree, found.costs)
+    document = json.loads((folder / "tuned.json").read_text())
+    [key] = document["machines"]
+    assert key == tune.machine_key(decoder)
+    assert "float32" in key
+    assert len(document["machines"][key]["trials"]) == len(found.trials)
+
+    other = document | {"machines": {"another machine": document["machines"][key]}}
+    (folder / "tuned.json").write_text(json.dumps(other))
+    assert tune.read(folder, decoder) is None
+    tune.write(folder, decoder, found)
+    assert set(json.loads((folder / "tuned.json").read_text())["machines"]) == {"another machine", key}
+
+    for text, said in (("{", "is damaged"), ('{"schema_version": 99, "machines": {}}', "of another version")):
+        (folder / "tuned.json").write_text(text)
+        with caplog.at_level(logging.WARNING):
+            assert tune.read(folder, decoder) is None
+        assert said in caplog.text
+
+
+def test_where_the_draft_cannot_be_written_to_the_cache_keeps_it(tuning, tmp_path):
+    decoder, found = tuning
+    nowhere = tmp_path / "file"
+    nowhere.write_text("")
+    path = tune.write(nowhere / "draft", decoder, found)
+    assert path.is_relative_to(tmp_path / "cache")
+    assert tune.read(nowhere / "draft", decoder) == (found.tree, found.costs)
+
+
+def test_options_of_the_tree():
+    assert not TreeOptions().given
+    assert TreeOptions().config() == TreeConfig()
+    assert TreeOptions(nodes=30).given  # the default, but asked for
+    assert TreeOptions(contemplate=0, depth=2).config() == TreeConfig(depth=2, contemplate=0)
+    with pytest.raises(ValueError, match="depth is 0"):
+        TreeOptions(depth=0).config()
+
+
+def test_untrained_drafts_use_no_tuning(target):
+    assert not use_tuning(Decoder(target, None), None)
+    assert not use_tuning(Decoder(target, Lookup(target)), "lookup")
