@@ -97,7 +97,7 @@ template <typename T> void gate(const T* __restrict__ gate_up, T* __restrict__ o
     for (int64_t r = 0; r < rows; r++, gate_up += 2 * width, out += width)
         for (int64_t i = 0; i < width; i++) {
             const float x = wide(gate_up[i]);
-            const float e = std::exp(std::fmin(-x, 80.0f));  // beyond, the quotient is 0 in float32 anyway
+            const float e = std::exp(std::fmin(-x, 80.0f));  // beyond, e would overflow; x / (1 + e) is below 1e-31 there
             put(out[i], rounded<T>(x / (1.0f + e)) * wide(gate_up[i + width]));
         }
 }

@@ -114,7 +114,7 @@ class NativeRows(Rows):
     def add_norm(
         self, x: Float[Tensor, "B R W"], delta: Float[Tensor, "B R W"] | None, weight: Float[Tensor, " W"], eps: float
     ) -> tuple[Float[Tensor, "B R W"], Float[Tensor, "B R W"]]:
-        if not self._serves(x):
+        if not self._serves(x) or weight.dtype != x.dtype or (delta is not None and delta.dtype != x.dtype):
             return super().add_norm(x, delta, weight, eps)
         width = x.shape[-1]
         normed, total = torch.empty_like(x), x
@@ -138,7 +138,8 @@ class NativeRows(Rows):
     ) -> tuple[Float[Tensor, "B H R W"], Float[Tensor, "B G R W"], Float[Tensor, "B G R W"]]:
         batch, rows, heads, width = mixed.shape
         few = batch * rows <= MOST_ROWS and width <= WIDEST_HEAD and mixed.dtype in SUFFIXES and mixed.is_cpu
-        if not (few and mixed.is_contiguous() and cos.dtype == mixed.dtype):
+        alike = all(t is None or t.dtype == mixed.dtype for t in (cos, sin, norms))
+        if not (few and alike and mixed.is_contiguous()):
             return super().rotate(mixed, cos, sin, num_heads, norms, eps)
         num_groups = (heads - num_heads) // 2
         queries = mixed.new_empty(batch, num_heads, rows, width)
@@ -176,7 +177,8 @@ class NativeRows(Rows):
         bias: Float[Tensor, " W"] | None,
         dtype: torch.dtype,
     ) -> Float[Tensor, "*rows W"]:
-        if not (self._serves(x) and dtype in SUFFIXES):
+        alike = x.dtype == torch.float32 and (bias is None or bias.dtype == dtype)
+        if not (self._serves(x) and alike and dtype in SUFFIXES):
             return super().rescale(x, scales, bias, dtype)
         width, out = x.shape[-1], torch.empty(x.shape, dtype=dtype)
         added = None if bias is None else bias.data_ptr()

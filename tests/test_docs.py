@@ -18,6 +18,7 @@ COMMANDS = re.findall(r"^    (confu .*)$", README, re.MULTILINE)
 SHORT = {
     "generate": "--max-new-tokens 8",
     "chat": "--max-new-tokens 8",
+    "tune": "--max-new-tokens 8",
     "verify-lossless": "--max-new-tokens 4 --samples 32",
     "train": "--steps 1 --batch-tokens 200 --draft-vocab-size 50 --out {out}",
 }
@@ -73,6 +74,7 @@ def test_readme_command_runs(command, tmp_path):
 WALK = re.findall(r"^    (confu .*)$", (ROOT / "docs" / "train-your-own.md").read_text(encoding="utf-8"), re.MULTILINE)
 SHORT_WALK = {
     "generate": "--max-new-tokens 8",
+    "tune": "--max-new-tokens 8",
     "verify-lossless": "--max-new-tokens 4 --samples 32",
     "train": "--steps 2 --batch-tokens 256",
     "train examples/mine.toml": "--steps 2 --batch-tokens 256 --evaluate-every 1 --eval-tokens 4 --eval-limit 2",
