@@ -1,6 +1,6 @@
 """Measures what rounds cost on this machine and which trees pay here, and keeps the findings beside the draft.
 
-`tuned.json` holds one entry for each machine, number of threads, precision and quantization: the cost model by which
+`tuned.json`, for a shipped draft in the user's cache, holds one entry for each machine, number of threads, precision and quantization: the cost model by which
 `Budget` sizes every tree, its limits, and the measurements they were chosen by.
 """
 
@@ -27,7 +27,7 @@ from confu.costs import Costs
 from confu.drafter import Accepted, TreeDrafter
 from confu.generate import Decoder
 from confu.info import checkout, device_name
-from confu.models import Progress, cache_dir
+from confu.models import SHIPPED_DRAFTS, Progress, cache_dir
 from confu.stats import Stats
 from confu.tree import chain
 from confu.verify import Sampler, walk
@@ -232,7 +232,7 @@ def machine_key(decoder: Decoder) -> str:
 
 
 def write(folder: Path, decoder: Decoder, tuning: Tuning) -> Path:
-    """Keep the tuning beside the draft, or in the user's cache where the draft's folder cannot be written to."""
+    """Keep the tuning where `read` looks: the first place that can be written to."""
     entry = dataclasses.asdict(tuning) | {
         "confu": __version__,
         "torch": torch.__version__,
@@ -259,9 +259,11 @@ def read(folder: Path, decoder: Decoder) -> tuple[TreeConfig, Costs] | None:
     return None
 
 
-def _places(folder: Path) -> tuple[Path, Path]:
+def _places(folder: Path) -> list[Path]:
+    """Beside the draft, then in the user's cache; a shipped draft's folder belongs to the installation."""
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    return folder / FILE, cache_dir() / "tuned" / f"{name}.json"
+    cached = cache_dir() / "tuned" / f"{name}.json"
+    return [cached] if folder.parent == SHIPPED_DRAFTS else [folder / FILE, cached]
 
 
 def _machines(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import families
 import pytest
 
 from confu.formats import FORMATS
+from confu.models import draft_path
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -56,6 +58,9 @@ def test_readme_command_runs(command, tmp_path):
     (tmp_path / "chats.jsonl").write_text('{"prompt": "Hello", "response": "Hello! How are you today?"}\n' * 4)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     command = command.replace("PATH_OR_ID", "smollm2-135m")
+    if "tune" in command:  # what so short a run finds must not stay
+        shutil.copytree(draft_path("smollm2-135m-confu"), tmp_path / "draft")
+        command = command.replace("smollm2-135m-confu", "./draft")
     words, _, stdin = command.partition("<")
     words = f"{words} {SHORT.get(words.split()[1], '')}".format(out=tmp_path / "run")
     run = subprocess.run(
@@ -74,7 +79,6 @@ def test_readme_command_runs(command, tmp_path):
 WALK = re.findall(r"^    (confu .*)$", (ROOT / "docs" / "train-your-own.md").read_text(encoding="utf-8"), re.MULTILINE)
 SHORT_WALK = {
     "generate": "--max-new-tokens 8",
-    "tune": "--max-new-tokens 8",
     "verify-lossless": "--max-new-tokens 4 --samples 32",
     "train": "--steps 2 --batch-tokens 256",
     "train examples/mine.toml": "--steps 2 --batch-tokens 256 --evaluate-every 1 --eval-tokens 4 --eval-limit 2",
