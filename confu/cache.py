@@ -55,6 +55,12 @@ class KVCache(Cache):
         """Soft prompts among the keys that the next `update` returns."""
         return self.num_soft - self._view.start
 
+    @property
+    def _batch(self) -> Int[Tensor, "B 1"]:
+        """Index of each sequence. (Of all ways to write rows at places that differ by sequence, indexing alone does
+        not read the whole cache in bfloat16.)"""
+        return torch.arange(len(self.lengths), device=self.keys.device)[:, None]
+
     def lengths_tensor(self) -> Int[Tensor, " B"]:
         return torch.tensor(self.lengths, device=self.keys.device)
 
@@ -92,9 +98,8 @@ class KVCache(Cache):
             keys[:, :, self._slots] = key_states
             values[:, :, self._slots] = value_states
         else:
-            index = self._slots[:, None, :, None].expand_as(key_states)
-            keys.scatter_(2, index, key_states)
-            values.scatter_(2, index, value_states)
+            keys[self._batch, :, self._slots] = key_states.transpose(1, 2)
+            values[self._batch, :, self._slots] = value_states.transpose(1, 2)
         return keys[:, :, self._view], values[:, :, self._view]
 
     def row_mask(self, rows: Bool[Tensor, "B R W"], *, with_soft: bool | Bool[Tensor, "B R"]) -> Bool[Tensor, "B R K"]:
@@ -118,13 +123,14 @@ class KVCache(Cache):
     def keep(self, path: Int[Tensor, "B M"], counts: list[int]) -> None:
         """Keep the first ``counts[b]`` of the rows ``path[b]`` (ascending indices into the rows just written); drop the
         others."""
+        if path.shape[1] == 1:  # the root, which lies in place
+            self.advance(counts)
+            return
         steps = torch.arange(path.shape[1], device=path.device)
         base = (self.lengths_tensor() + self.num_soft)[:, None]
         source, target = base + path, base + steps
         for store in (self.keys, self.values):
-            shape = (store.shape[0], -1, store.shape[2], -1, store.shape[4])
-            moved = store.gather(3, source[None, :, None, :, None].expand(shape))
-            store.scatter_(3, target[None, :, None, :, None].expand(shape), moved)
+            store[:, self._batch, :, target] = store[:, self._batch, :, source]
         self.advance(counts)
 
     def advance(self, counts: list[int]) -> None:

@@ -9,7 +9,7 @@ Shapes: B sequences still running, M accepted nodes of the longest path, D hidde
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,9 +136,11 @@ class Decoder:
         session: Session | None = None,
         stats: Stats | None = None,
         sampler: Sampler | None = None,
+        on_prefill: Callable[[int, int], None] | None = None,
     ) -> Iterator[Token]:
         """Yield tokens as rounds accept them. Caches are committed before a round's tokens are yielded, so a generator
         may be dropped at any point and its session used again. ``sampler`` draws in place of what ``sampling`` says.
+        ``on_prefill`` hears between the chunks of a long prompt how many of how many prompt tokens are in the caches.
 
         Raises ValueError for an empty prompt or one that fills the context, and for stop strings without a tokenizer.
         """
@@ -148,7 +150,7 @@ class Decoder:
         running = _Running(self, prompts, sampling, stats, sampler)
 
         # 1. prefill: all prompt tokens but the last, which is the root of the first, undrafted tree
-        router_state = self._prefill(session, prompts, stats)
+        router_state = self._prefill(session, prompts, stats, on_prefill)
         cache, state = session.cache, session.state
         assert cache is not None
         tree = root_only(self._tensor([prompt[-1] for prompt in prompts]))
@@ -215,7 +217,13 @@ class Decoder:
         num_con = num_nodes if self.tree.contemplate is None else min(self.tree.contemplate, num_nodes)
         return self.target.verify(cache, tree, contemplation, num_con=num_con, router_state=router_state)
 
-    def _prefill(self, session: Session, prompts: Sequence[Sequence[int]], stats: Stats) -> Float[Tensor, "B D3"]:
+    def _prefill(
+        self,
+        session: Session,
+        prompts: Sequence[Sequence[int]],
+        stats: Stats,
+        on_prefill: Callable[[int, int], None] | None,
+    ) -> Float[Tensor, "B D3"]:
         """Bring every prompt but its last token into both caches; returns h of the last one, or zeros if none ran."""
         if not session.fits(len(prompts), self.drafter):
             contemplation = self.drafter.contemplation if self.drafter else None
@@ -238,6 +246,8 @@ class Decoder:
             len(prompts), 3 * self.target.hidden_size, dtype=self.target.dtype, device=self.target.device
         )
         for first in range(0, max(map(len, rest)) - 1, PREFILL_CHUNK):
+            if first and on_prefill is not None:
+                on_prefill(sum(map(len, session.tokens)), stats.prompt_tokens)
             pieces = [r[first : min(first + PREFILL_CHUNK, len(r) - 1)] for r in rest]
             counts = [len(piece) for piece in pieces]
             following = self._tensor([r[min(first + c, len(r) - 1)] for r, c in zip(rest, counts, strict=True)])

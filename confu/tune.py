@@ -1,7 +1,8 @@
 """Measures what rounds cost on this machine and which trees pay here, and keeps the findings beside the draft.
 
-`tuned.json`, for a shipped draft in the user's cache, holds one entry for each machine, number of threads, precision and quantization: the cost model by which
-`Budget` sizes every tree, its limits, and the measurements they were chosen by.
+`tuned.json`, for a shipped draft in the user's cache, holds one entry for each machine, number of threads, precision
+and quantization: the cost model by which `Budget` sizes every tree, its limits, and the measurements they were chosen
+by.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ class Scripted:
             state.tokens[row] = state.tokens[row] + tokens[: accepted.counts[row]]
             state.roots[row] = accepted.next_tokens[row].item()
 
-    def grow(self, state, config):
+    def grow(self, state, config, budget=None):
         self.num_grown += 1
         width = min(config.depth, config.nodes - 1)
         drafts, counts = [], []

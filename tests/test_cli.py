@@ -21,6 +21,7 @@ from confu.data.documents import Document
 from confu.draft import DraftModel
 from confu.generate import Decoder
 from confu.target import Target
+from confu.terminal.screen import Stages
 from confu.training.optimise import Trainer
 from confu.training.start import add_contemplation, new_eagle3
 from confu.verify import Sampler
@@ -155,6 +156,34 @@ def test_prompt_from_stdin_and_file(confu_run, monkeypatch, tmp_path):
     assert confu_run("generate", "confu", "--prompt", "-", *options)[1] == expected
     pipe_in(monkeypatch, "héllo".encode())
     assert confu_run("generate", "confu", *options)[1] == expected
+
+
+def test_a_long_prompt_shows_how_far_it_is_read(confu_run, monkeypatch):
+    """On a terminal, and there only: a log gets no line of it."""
+    said: list[tuple[str, float | None]] = []
+    show = Stages.__call__
+    monkeypatch.setattr(
+        Stages, "__call__", lambda self, stage, fraction: (said.append((stage, fraction)), show(self, stage, fraction))
+    )
+    monkeypatch.setattr(confu.generate, "PREFILL_CHUNK", 8)
+    long = ("confu", "--prompt", "a" * 20, "--raw", "--max-new-tokens", "3")
+    assert "reading" not in confu_run("generate", *long)[2]
+    assert not [stage for stage, _ in said if stage.startswith("reading")]
+    monkeypatch.setenv("FORCE_COLOR", "1")  # stands for a terminal
+    status, out, err = confu_run("generate", *long)
+    assert (status, "reading" in out) == (0, False)
+    reading = [heard for heard in said if heard[0].startswith("reading")]
+    assert reading == [
+        ("reading 20 tokens", None),
+        ("reading 20 tokens, 8 done", 8 / 20),
+        ("reading 20 tokens, 16 done", 16 / 20),
+    ]
+    assert "reading 20 tokens" in err
+    assert "reading" not in confu_run("generate", *long, "-q")[2]
+    said.clear()
+    pipe_in(monkeypatch, b"hello hello hello\n")
+    assert confu_run("chat", "confu", "--max-new-tokens", "3")[0] == 0
+    assert any(fraction is not None for stage, fraction in said if stage.startswith("reading"))
 
 
 def test_options_without_effect_are_said_so(confu_run):

@@ -28,8 +28,8 @@ class Recorder(TreeDrafter):
         self.accepted.append(accepted)
         super().commit(state, accepted)
 
-    def grow(self, state, config):
-        self.trees.append(super().grow(state, config))
+    def grow(self, state, config, budget=None):
+        self.trees.append(super().grow(state, config, budget))
         return self.trees[-1]
 
 

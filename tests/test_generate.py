@@ -464,6 +464,23 @@ def test_prefill_in_chunks_changes_nothing(target, drafters, monkeypatch, chunk)
     assert chunked_stats.round_accepted == whole_stats.round_accepted
 
 
+def test_a_long_prompt_tells_how_far_it_is_read(target, drafters, monkeypatch):
+    monkeypatch.setattr(generate_module, "PREFILL_CHUNK", 4)
+    decoder, session, sampling = Decoder(target, drafters["confu"], tree=TREE), Session(), SamplingConfig(3)
+    line = [(5 * i + i * i) % 64 for i in range(14)]
+
+    def told(*prompts: list[int]) -> list[tuple[int, int]]:
+        heard: list[tuple[int, int]] = []
+        list(decoder.stream(prompts, sampling, session=session, on_prefill=lambda *counts: heard.append(counts)))
+        return heard
+
+    assert told(line) == [(4, 14), (8, 14), (12, 14)]
+    cached = len(line) - 1  # the draft's row of the last token read another one behind it
+    assert told([*line, *line]) == [(cached + 4, 28), (cached + 8, 28), (cached + 12, 28)]
+    assert told(line[:5]) == []  # one chunk, and cached
+    assert told(line, line[:6]) == [(4 + 4, 20), (8 + 5, 20), (12 + 5, 20)]
+
+
 @pytest.mark.parametrize(
     ("prompts", "options", "sentence"),
     [

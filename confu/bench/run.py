@@ -90,6 +90,17 @@ def cut(token_ids: Sequence[int], eos_ids: frozenset[int], limit: int) -> list[i
     return ids[: next((at + 1 for at, token in enumerate(ids) if token in eos_ids), len(ids))]
 
 
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: Question, answers: Sequence[str]) -> list[int]:
+    """Token ids up to the next answer; a tokenizer without chat template reads the turns as they are."""
+    messages = []
+    for turn, text in enumerate(question.turns[: len(answers) + 1]):
+        messages.append({"role": "user", "content": text})
+        messages += [{"role": "assistant", "content": answer} for answer in answers[turn : turn + 1]]
+    if tokenizer.chat_template:
+        return encode_chat(tokenizer, messages)
+    return encode_raw(tokenizer, "\n".join(message["content"] for message in messages))
+
+
 class _Bench:
     def __init__(self, plain: DecoderEngine, config: BenchConfig, shown: Sequence[str]) -> None:
         self.plain, self.config, self.shown = plain, config, shown
@@ -101,7 +112,7 @@ class _Bench:
         """First calls prepare kernels; no question should pay for that. What fails here fails with a row later."""
         sampling = SamplingConfig(max_new_tokens=WARM_UP, temperature=self.config.temperature)
         try:
-            method.engine.answer([self._prompt(question, [])], sampling)
+            method.engine.answer([prompt_ids(self.tokenizer, question, [])], sampling)
         except Exception:
             return
 
@@ -114,7 +125,7 @@ class _Bench:
             able = [question for question in asked if question.id not in failed]
             measured: dict[str, Row] = {}
             try:
-                prompts = [self._prompt(question, said[question.id]) for question in able]
+                prompts = [prompt_ids(self.tokenizer, question, said[question.id]) for question in able]
                 sampling = self._sampling(method, able, repeat, turn)
                 answers = method.engine.answer(prompts, sampling) if able else []
                 for question, prompt, answer in zip(able, prompts, answers, strict=True):
@@ -145,16 +156,6 @@ class _Bench:
         if question.id in self.shown and repeat == 0 and method.name != PLAIN:
             values["pieces"] = answer.pieces
         return values
-
-    def _prompt(self, question: Question, answers: Sequence[str]) -> list[int]:
-        """Token ids up to the next answer; a tokenizer without chat template reads the turns as they are."""
-        messages = []
-        for turn, text in enumerate(question.turns[: len(answers) + 1]):
-            messages.append({"role": "user", "content": text})
-            messages += [{"role": "assistant", "content": answer} for answer in answers[turn : turn + 1]]
-        if self.tokenizer.chat_template:
-            return encode_chat(self.tokenizer, messages)
-        return encode_raw(self.tokenizer, "\n".join(message["content"] for message in messages))
 
     def _sampling(self, method: Method, batch: Sequence[Question], repeat: int, turn: int) -> SamplingConfig:
         """Draws of a method are its own: at temperature 0 they do nothing, above it samples must be independent."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
 
@@ -14,12 +14,16 @@ from confu.commands.app import COMPUTE, INTERRUPTED, OUTPUT, TREE, Compute, Outp
 from confu.config import BenchConfig
 from confu.terminal.screen import Stages, Terminal
 
+if TYPE_CHECKING:
+    from confu.bench.profile import Profile
+
 MEASURED = Group.create_ordered("Measurement")
 Drafts = Annotated[
     str, Parameter(name="DRAFT", help="Drafts to measure: shipped name, folder or Hub id, or NAME=DRAFT.")
 ]
 Settings = Annotated[BenchConfig, Parameter(name="*", group=MEASURED)]
 BENCH = BenchConfig()
+PROFILED = 3  # questions, where no limit is given
 
 
 @app.command(
@@ -38,6 +42,7 @@ def bench(
     repeats: Annotated[int, Parameter(group=MEASURED)] = 1,
     costs: Annotated[bool, Parameter(group=MEASURED)] = False,
     peer: Annotated[tuple[str, ...], Parameter(group=MEASURED)] = (),
+    profile: Annotated[bool, Parameter(group=MEASURED)] = False,
     target: TargetName = None,
     compute: Compute = COMPUTE,
     tree: Tree = TREE,
@@ -67,11 +72,19 @@ def bench(
     peer
         Measure another engine, too, as NAME[=PYTHON[,MODEL]]: transformers, llama.cpp, vllm or eagle3-reference, by the
         interpreter of its environment.
+    profile
+        Instead of measuring, show where a round's time goes, over 3 questions or --limit, and write a Chrome trace of
+        some rounds for each method into --out.
     """
     if repeats < 1:
         raise ValueError(f"--repeats is {repeats}; give 1 or more.")
     if peer and settings.batch_size > 1:
         raise ValueError("Peers answer one question at a time; leave --batch-size at 1, or --peer out.")
+    if profile:
+        others = {"--peer": peer, "--sweep": sweep, "--costs": costs, "--repeats": repeats > 1}
+        if given := [option for option, value in others.items() if value]:
+            raise ValueError(f"--profile measures nothing that {' or '.join(given)} could change; leave one out.")
+        limit = limit or PROFILED
     terminal = output.terminal()
     found = load_suite(suite, questions, limit)
     with Stages(terminal) as progress:
@@ -87,6 +100,13 @@ def bench(
         chosen, name = choose_drafts(drafts, wanted, target)
         tuned = not (tree.given or sweep)
         loaded = load_methods(chosen, name, shape, sweep=trees, tuned=tuned, compute=compute, progress=progress)
+        if profile:
+            from confu.bench.profile import profile_methods
+
+            run = describe(found, loaded, settings, name, repeats)
+            profiles = profile_methods(found, loaded, settings, out, progress=progress)
+            progress.close()
+            return show_profiles(terminal, profiles, run)
         try:
             with open_peers(peer, chosen, name, shape, loaded[0]) as (peers, skipped):
                 for sentence in skipped:
@@ -122,3 +142,22 @@ def show_results(terminal: Terminal, path: Path, out: Path) -> bool:
     for sentence in findings.failures:
         terminal.complain(sentence)
     return not findings.failures
+
+
+def show_profiles(terminal: Terminal, profiles: dict[str, Profile], run: dict[str, Any]) -> int:
+    from confu.bench.profile import profile_table
+
+    if terminal.json:
+        methods = {name: profile.as_dict() for name, profile in profiles.items()}
+        terminal.document(methods=methods, run=run)
+        return 0
+    terminal.write(f"{profile_table(profiles).text()}\n")
+    terminal.say(
+        f"{run['num_questions']} questions of {run['suite']}, {run['target']} in {run['dtype']} on {run['device']}, "
+        f"{run['machine']['threads']} threads, batch {run['batch_size']}; prefill left out; the clock's own time is in "
+        "the parts, mostly in each rest. Traces open in chrome://tracing or Perfetto.",
+        style="dim",
+    )
+    for profile in profiles.values():
+        terminal.write(f"{profile.trace}\n")
+    return 0

@@ -58,8 +58,14 @@ def stream_answer(
     shows = not terminal.json
     try:
         with Stages(terminal) as waiting:
+
+            def show_reading(read: int, total: int) -> None:
+                waiting.wait(f"reading {total} tokens, {read} done", read / total)
+
             waiting.wait(f"reading {len(prompt)} tokens")
-            for token in decoder.stream([prompt], sampling, session=session, stats=answer.stats):
+            for token in decoder.stream(
+                [prompt], sampling, session=session, stats=answer.stats, on_prefill=show_reading
+            ):
                 answer.tokens.append(token)
                 if not shows:
                     waiting.wait("answering", len(answer.tokens) / sampling.max_new_tokens)
