@@ -6,7 +6,7 @@
 forward   a verification forward by its rows: packed, packed in int8, by the model's own code; and its products alone
 plain     tokens per second without a draft: `model.generate` of transformers, and our decoder in the same three ways
 prefix    a round, of a tree and of one row, and the bytes of the cache, by the tokens before it
-batch     tokens per second of plain decoding and of drafts, by batch and tree
+batch     tokens per second of plain decoding and of drafts, by batch and tree; trees of a fixed shape and adaptive ones
 memory    peak of a fresh process that loads a draft with its target and answers, beside its weights and caches
 quality   perplexity of the target on the repository's own pages, by dtype, with and without int8
 
@@ -36,6 +36,7 @@ from transformers import GenerationConfig
 
 from confu.cache import KVCache
 from confu.config import SamplingConfig, TreeConfig
+from confu.drafter import TreeDrafter
 from confu.forward import ModelForward
 from confu.generate import PREFILL_CHUNK, Decoder, Session
 from confu.info import checkout, environment
@@ -47,6 +48,7 @@ from confu.models import DEFAULT_TARGET, ModelUnavailable, load_target_model
 from confu.stats import Stats
 from confu.target import Target
 from confu.tree import chain
+from confu.tune import measure
 
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,13 +158,16 @@ def prefix(models: Models, args: argparse.Namespace) -> Iterator[Row]:
 
 
 def batch(models: Models, args: argparse.Namespace) -> Iterator[Row]:
-    plain, decoders = models.packed, {("plain", None): models.packed}
+    plain, decoders = models.packed, {("plain", None, False): models.packed}
     for name, path in args.drafts.items():
         network = read_network(path, plain.target.dtype, "cpu")
         drafted = join(path, network, plain.target.model, plain.target.forward_rows, plain.tokenizer)
         for nodes, depth in args.trees:
             tree = TreeConfig(nodes=nodes, depth=depth, topk=min(nodes, 10), contemplate=args.contemplate)
-            decoders[name, tree] = Decoder(drafted.target, drafted.drafter, drafted.tokenizer, tree)
+            decoders[name, tree, False] = Decoder(drafted.target, drafted.drafter, drafted.tokenizer, tree)
+        if isinstance(drafted.drafter, TreeDrafter):
+            costs, tree = measure(drafted, drafted.drafter), TreeConfig(64, 8, 10, args.contemplate)
+            decoders[name, tree, True] = Decoder(drafted.target, drafted.drafter, drafted.tokenizer, tree, costs)
     prompts, stats = list(models.prompts.values()), {}
 
     def run(case: Any, size: int, repeat: int) -> None:
@@ -171,11 +176,13 @@ def batch(models: Models, args: argparse.Namespace) -> Iterator[Row]:
 
     for size in args.batches:
         measured = alternate({case: partial(run, case, size) for case in decoders}, args.repeats)
-        for (name, tree), seconds in measured.items():
-            rounds = [r for i in range(args.repeats) for r in stats[(name, tree), size, i].round_lengths]
-            shape = {"nodes": tree.nodes, "depth": tree.depth, "topk": tree.topk} if tree else {}
-            tau = Stats(round_lengths=rounds).mean_acceptance_length
-            row = {"batch": size, "case": name, **shape, "num_tokens": size * args.new_tokens, "tau": tau}
+        for (name, tree, adaptive), seconds in measured.items():
+            mine = [stats[(name, tree, adaptive), size, i] for i in range(args.repeats)]
+            whole = Stats(round_lengths=[rounds for one in mine for rounds in one.round_lengths])
+            drafted_nodes = sum(one.num_draft_tokens for one in mine) / max(1, whole.num_rounds)
+            shape = {"nodes": tree.nodes, "depth": tree.depth, "topk": tree.topk, "adaptive": adaptive} if tree else {}
+            row = {"batch": size, "case": name, **shape, "num_tokens": size * args.new_tokens}
+            row |= {"tau": whole.mean_acceptance_length, "nodes_per_round": 1 + drafted_nodes}
             yield row | {"seconds": seconds}
 
 

@@ -285,7 +285,8 @@ def batch_table(rows: list[dict[str, Any]]) -> Table:
     plain = {row["batch"]: row["seconds"] for row in rows if row["case"] == "plain"}
     lines: dict[str, list[str]] = {}
     for row in rows:
-        name = f"{row['case']}, {row['nodes']} nodes, depth {row['depth']}" if "nodes" in row else row["case"]
+        shape = f", {row['nodes']} nodes, depth {row['depth']}" if "nodes" in row else ""
+        name = f"{row['case']}{', adaptive' if row.get('adaptive') else shape}"
         ratio = median(base / mine for base, mine in zip(plain[row["batch"]], row["seconds"], strict=True))
         speedup = f" ({ratio:.2f}, tau {row['tau']:.2f})" if "nodes" in row else ""
         lines.setdefault(name, [name]).append(f"{row['num_tokens'] / median(row['seconds']):.1f}{speedup}")
