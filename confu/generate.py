@@ -157,20 +157,20 @@ class Decoder:
         budget = self._budget(len(prompts))
 
         while True:
-            # 2. verify the tree in one pass, contemplate rows riding along, and walk down the drawn tokens
+            # 2. verify the tree in one pass, contemplate rows riding along, walk down the drawn tokens, keep their path
             clock = time.perf_counter()
             verified = self._verify(cache, tree, router_state)
             drawn = running.sampler.draw(verified.logits, tree, running.seen)
             step = walk(tree, drawn)
-            round_tokens = tree.tokens.gather(1, step.path)  # [B, M]
+            cache.keep(step.path, step.counts)
             verify_seconds = time.perf_counter() - clock
 
-            # 3. both caches keep the accepted path; the f of its last contemplated node feeds the next tree
+            # 3. the draft reads the same path; the f of its last contemplated node feeds the next tree
             clock = time.perf_counter()
+            round_tokens = tree.tokens.gather(1, step.path)  # [B, M]
             features = take(verified.features, step.path)
             last = self._tensor(step.counts)[:, None] - 1
             router_state = take(features, last)[:, 0]
-            cache.keep(step.path, step.counts)
             if self.drafter is not None:
                 self.drafter.commit(state, _accepted(round_tokens, step, features, verified))
             running.note_cached(session, round_tokens, step.counts)

@@ -31,7 +31,7 @@ class Stats:
     prefill_seconds: float = 0.0
     """Part of it before the first token."""
     target_seconds: float = 0.0
-    """Part of it in verification forwards."""
+    """Part of it in verification: forward, draw, walk, keeping the accepted path."""
     draft_seconds: float = 0.0
     """Part of it in draft commits and tree growth."""
 
