@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, 
 
 from confu.cache import KVCache, PrefixCache
 from confu.linear import product
+from confu.memory import forget_mapped
 from confu.rows import rows
 
 FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
@@ -152,7 +153,10 @@ def _fused(linears: list[Any], quantization: str | None) -> nn.Module:
 
 def _empty(module: nn.Module) -> None:
     """Give up the weights of the linear layers inside."""
+    given_up = []
     for child in module.modules():
         if isinstance(child, nn.Linear):
             for name, weight in child.named_parameters():
+                given_up.append(weight)
                 setattr(child, name, nn.Parameter(weight.new_empty(0), requires_grad=False))
+    forget_mapped(given_up)

@@ -12,6 +12,7 @@ from confu.forward import Forward, ModelForward
 from confu.generate import Decoder
 from confu.linear import check_quantization, pack_linears
 from confu.llama import LlamaForward, is_llama_like
+from confu.memory import forget_mapped
 from confu.models import DEFAULT_TARGET, Progress, draft_path, load_target_model
 from confu.target import Target
 
@@ -75,10 +76,13 @@ def pack(model: PreTrainedModel, quantization: str | None = None) -> Forward:
 
 def _leave_file(model: PreTrainedModel) -> None:
     """Copy what stays of a model whose weights are mapped from a file, so that the file's pages can go."""
+    left = []
     for module in model.modules():
         if not isinstance(module, torch.nn.Linear):
             for weight in module.parameters(recurse=False):
+                left.append(weight.data)
                 weight.data = weight.data.clone()
+    forget_mapped(left)
 
 
 def join(

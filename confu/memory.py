@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import platform
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 
 def forget_peak(device: torch.device) -> None:
@@ -31,6 +34,28 @@ def peak_bytes(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # since the process began
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def forget_mapped(weights: Iterable[Tensor]) -> None:
+    """Let the kernel take back the pages of weights that nobody reads any more and that are mapped from a file, as
+    safetensors leaves them: they would count as this process's memory until the whole file is unmapped."""
+    if sys.platform != "linux":
+        return
+    files = []
+    with suppress(OSError):
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            words = line.split(maxsplit=5)
+            if len(words) == 6 and words[5].endswith(".safetensors"):
+                first, _, last = words[0].partition("-")
+                files.append((int(first, 16), int(last, 16)))
+    page, libc = mmap.PAGESIZE, ctypes.CDLL(None)
+    for weight in weights:
+        if not weight.is_cpu:
+            continue
+        at = weight.data_ptr()
+        first, last = -(-at // page) * page, (at + weight.nbytes) // page * page  # pages that are its alone
+        if any(low <= at < high for low, high in files) and first < last:
+            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
 
 
 def reuse_freed_memory() -> None:

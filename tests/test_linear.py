@@ -1,15 +1,20 @@
 """Products of decoding against `torch.nn.functional.linear`, and the Llama forward against the model's own code."""
 
+import sys
+from pathlib import Path
+
 import families
 import naive
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from confu.linear import Int8Product, PackedProduct, Product, check_quantization, pack_linears, product
 from confu.llama import LlamaForward, is_llama_like
 from confu.load import pack
+from confu.memory import forget_mapped
 from confu.rows import rows
 from confu.target import Target
 
@@ -166,3 +171,21 @@ def test_gaps_are_those_of_the_model():
         gaps = Target(model).top2_gaps(tokens, last)
         assert len(gaps) == last
         assert gaps[-2:] == pytest.approx((best[:, 0] - best[:, 1]).tolist(), abs=1e-4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux only")
+def test_pages_of_mapped_weights_go_and_come_back(tmp_path):
+    def mapped_bytes() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssFile")) * 1024
+
+    weight, own = random(1024, 4096), random(64, 4096)
+    save_file({"weight": weight}, tmp_path / "model.safetensors")
+    mapped = load_file(tmp_path / "model.safetensors")["weight"]
+    before = mapped.sum(), own.clone()  # every page is read
+    resident = mapped_bytes()
+    forget_mapped([mapped, own])
+    assert resident - mapped_bytes() > 0.9 * mapped.nbytes
+    assert torch.equal(mapped, weight)  # read again from the file
+    assert torch.equal(mapped.sum(), before[0])
+    assert torch.equal(own, before[1])  # memory of our own is left alone
