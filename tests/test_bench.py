@@ -16,11 +16,13 @@ from confu.bench.methods import Draft, choose_drafts, sweep_trees
 from confu.bench.results import read_results
 from confu.bench.run import cut
 from confu.config import SamplingConfig, TrainConfig, TreeConfig
+from confu.costs import Costs
 from confu.data.corpus import Corpus
 from confu.data.documents import Document
 from confu.load import encode_chat, load_decoder
 from confu.models import load_target_model
 from confu.training.start import add_contemplation, new_eagle3
+from confu.tune import Tuning, write
 
 QUESTIONS = [
     {"question_id": 1, "category": "a", "turns": ["0"]},
@@ -81,6 +83,37 @@ def measured(home, tmp_path_factory):
 
 def rows_of(out) -> list[dict]:
     return [json.loads(line) for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_tuned_drafts_bring_their_trees(bench_run, home, tmp_path, monkeypatch):
+    """Without options of the tree; adaptive trees have no shape in common, so no tau is set against another."""
+    decoder = load_decoder("confu", dtype="float32")
+    found = Tuning(TreeConfig(nodes=6, depth=3, topk=2), Costs(((1, 1.0), (8, 1.5)), ((1, 0.1),), ((1, 0.1),)), ())
+    for name in ("eagle3", "confu"):
+        write(home / name, decoder, found)
+    for name in ("--tree-nodes", "--tree-depth", "--tree-topk"):
+        monkeypatch.delitem(SMALL, name)
+    try:
+        out = tmp_path / "tuned"
+        status, _, err = bench_run("eagle3", "confu", "--limit", "2", "--methods", "eagle3,confu", out=out)
+        assert status == 0
+        assert "adaptive trees, " in err
+        assert "same tree" not in err
+        facts = json.loads((out / "run.json").read_text())["methods"]
+        assert facts["confu"]["tree"]["nodes"] == 6
+        assert facts["eagle3"]["costs"]["level"] == [[1, 0.1]]
+        plain, *others = (
+            {r["question"]: r["token_ids"] for r in rows_of(out) if r["method"] == m}
+            for m in ("plain", "eagle3", "confu")
+        )
+        assert others == [plain, plain]
+        assert bench_run("confu", "--limit", "2", "--tree-nodes", "8", out=tmp_path / "fixed")[0] == 0
+        fixed = json.loads((tmp_path / "fixed" / "run.json").read_text())["methods"]["confu"]
+        assert "costs" not in fixed
+        assert fixed["tree"]["nodes"] == 8
+    finally:
+        for name in ("eagle3", "confu"):
+            (home / name / "tuned.json").unlink()
 
 
 # ---------------------------------------------------------------- what is measured
