@@ -20,27 +20,31 @@ Turn = tuple[Tensor, Tensor]
 
 
 class DraftForward:
-    """Weights of a draft network for decoding. ``contemplation`` stays the network's own."""
+    """Weights of a draft network for decoding, rounded with ``quantization``: they decide only how fast the target's text
+    comes. ``contemplation`` stays the network's own."""
 
     @torch.no_grad()
-    def __init__(self, draft: DraftModel) -> None:
+    def __init__(self, draft: DraftModel, quantization: str | None = None) -> None:
         layer, attention, mlp = draft.midlayer, draft.midlayer.self_attn, draft.midlayer.mlp
         self.config, self.contemplation, self.target_ids = draft.config, draft.contemplation, draft.target_ids()
         self._rotary = draft.rotary
-        self._fc, self._head = product(draft.fc.weight), product(draft.lm_head.weight)
-        self._qkv = product(torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]))
-        self._out = product(attention.o_proj.weight)
-        self._gate_up = product(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
-        self._down = product(mlp.down_proj.weight)
+        weights = {
+            "fc": draft.fc.weight,
+            "qkv": torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]),
+            "out": attention.o_proj.weight,
+            "gate_up": torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]),
+            "down": mlp.down_proj.weight,
+            "head": draft.lm_head.weight,
+        }
+        if self.contemplation is not None and self.config.future_is("head"):
+            weights["looks"] = self.contemplation.future_heads.flatten(0, 1)
+        self._products = {name: product(weight, quantization=quantization) for name, weight in weights.items()}
         self._embedding_norm, self._hidden_norm = layer.input_layernorm.weight, layer.hidden_norm.weight
         self._mlp_norm, self._norm = layer.post_attention_layernorm.weight, draft.norm.weight
         self._future_norm = layer.future_norm.weight if self.config.future_is("input") else None
-        self._looks = None
-        if self.contemplation is not None and self.config.future_is("head"):
-            self._looks = product(self.contemplation.future_heads.flatten(0, 1))
 
     def fuse(self, features: Float[Tensor, "B R D3"]) -> Float[Tensor, "B R D"]:
-        return self._fc(features)
+        return self._products["fc"](features)
 
     def turn(self, x: Tensor, positions: Int[Tensor, "B R"]) -> Turn:
         """cos and sin of positions, in the type of ``x``; `project` turns queries and keys by them."""
@@ -52,9 +56,9 @@ class DraftForward:
         return self.contemplation.future_fc(normed_states(future, self.config.rms_norm_eps))
 
     def look(self, future: Float[Tensor, "B R D4"] | None) -> Float[Tensor, "B R SD"] | None:
-        if future is None or self._looks is None:
+        if future is None or "looks" not in self._products:
             return None
-        return self._looks(normed_states(future, self.config.rms_norm_eps))
+        return self._products["looks"](normed_states(future, self.config.rms_norm_eps))
 
     def project(
         self,
@@ -68,7 +72,7 @@ class DraftForward:
         if self._future_norm is not None:
             none = torch.zeros_like(hidden)
             parts.append(none if third is None else self._normed(third, self._future_norm).expand_as(none))
-        mixed = self._qkv(torch.cat(parts, dim=-1)).unflatten(-1, (-1, self.config.head_dim))
+        mixed = self._products["qkv"](torch.cat(parts, dim=-1)).unflatten(-1, (-1, self.config.head_dim))
         return rows().rotate(mixed, *turn, self.config.num_attention_heads)
 
     def future_slot(
@@ -88,9 +92,9 @@ class DraftForward:
         """As `DraftModel.finish`: the layer's output, recycled as the next hidden state."""
         if self.config.norm_before_residual:
             hidden = self._normed(hidden, self._hidden_norm)
-        attended = self._out(attended.transpose(1, 2).flatten(2))
+        attended = self._products["out"](attended.transpose(1, 2).flatten(2))
         hidden, normed = rows().add_norm(hidden, attended, self._mlp_norm, self.config.rms_norm_eps)
-        return hidden + self._down(rows().gate(self._gate_up(normed)))
+        return hidden + self._products["down"](rows().gate(self._products["gate_up"](normed)))
 
     def logits(
         self, out: Float[Tensor, "B R D"], looked: Float[Tensor, "B 1 SD"] | None, steps: Int[Tensor, "B 1"]
@@ -101,7 +105,7 @@ class DraftForward:
             by_place = looked.unflatten(-1, (self.config.future_steps, -1))[:, 0]  # [B, S, D]
             index = steps.clamp(max=self.config.future_steps - 1)[..., None]
             read = read + by_place.gather(1, index.expand(-1, -1, by_place.shape[2]))
-        return self._head(read)
+        return self._products["head"](read)
 
     def _normed(self, x: Float[Tensor, "B R D"], weight: Float[Tensor, " D"]) -> Float[Tensor, "B R D"]:
         return rows().add_norm(x, None, weight, self.config.rms_norm_eps)[1]

@@ -112,7 +112,7 @@ class TreeDrafter:
     def __init__(self, draft: DraftModel, target: Target) -> None:
         check_fit(draft.config, target)
         self.name, self.config = draft.config.method, draft.config
-        self.forward, self.target = DraftForward(draft), target
+        self.forward, self.target = DraftForward(draft, target.quantization), target
         self.contemplation = draft.contemplation
 
     def new_state(self, batch_size: int, capacity: int) -> TreeState:
