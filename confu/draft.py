@@ -1,7 +1,7 @@
 """The draft network: one EAGLE-3 decoder layer (METHOD 3), and for ConFu the contemplation weights (METHOD 4).
 
-This file is arithmetic on rows only; who attends to whom is decided by the callers, `drafter.py` when decoding and
-`training/objective.py` when training, so both use the very same weights in the very same way.
+This file is arithmetic on rows only, as training needs it; who attends to whom is decided by `training/objective.py`.
+Decoding lays the same weights out anew (`draft_forward.py`).
 
 Shapes: B batch, R rows, D hidden width, U draft vocabulary, V target vocabulary, H query heads, G key-value heads.
 """
@@ -183,11 +183,6 @@ class DraftModel(nn.Module):
         by_place = looked.unflatten(-1, (self.config.future_steps, -1)).expand(-1, out.shape[1], -1, -1)  # [B, R, S, D]
         index = steps.clamp(max=self.config.future_steps - 1)[..., None, None]
         return normed + by_place.gather(2, index.expand(-1, -1, 1, out.shape[2]))[:, :, 0]
-
-    def logits(
-        self, out: Float[Tensor, "B R D"], looked: Float[Tensor, "B Rf SD"] | None, steps: Int[Tensor, "B R"]
-    ) -> Float[Tensor, "B R U"]:
-        return self.lm_head(self.read(out, looked, steps))
 
     def set_vocabulary(self, token_ids: Int[Tensor, " U"]) -> None:
         """Take these target ids, sorted ascending, as the draft vocabulary."""

@@ -20,8 +20,8 @@ Turn = tuple[Tensor, Tensor]
 
 
 class DraftForward:
-    """Weights of a draft network for decoding, rounded with ``quantization``: they decide only how fast the target's text
-    comes. ``contemplation`` stays the network's own."""
+    """Weights of a draft network for decoding, rounded with ``quantization``: they decide only how fast the target's
+    text comes. ``contemplation`` stays the network's own."""
 
     @torch.no_grad()
     def __init__(self, draft: DraftModel, quantization: str | None = None) -> None:
@@ -99,7 +99,7 @@ class DraftForward:
     def logits(
         self, out: Float[Tensor, "B R D"], looked: Float[Tensor, "B 1 SD"] | None, steps: Int[Tensor, "B 1"]
     ) -> Float[Tensor, "B R U"]:
-        """As `DraftModel.logits`; all rows of a level are as many ``steps`` from the anchor."""
+        """The head on what `DraftModel.read` returns; all rows of a level are as many ``steps`` from the anchor."""
         read = self._normed(out, self._norm)
         if looked is not None:
             by_place = looked.unflatten(-1, (self.config.future_steps, -1))[:, 0]  # [B, S, D]
