@@ -76,6 +76,9 @@ def main() -> int:
     return int(bool(stale) and "--check" in sys.argv)
 
 
+FUTURES = {"own": "", "zero": "every f replaced by zeros, ", "other": "every f that of another sequence, "}
+
+
 def table(folder: Path) -> str:
     """tau by method and category, pooled over rounds, with a 95 % bootstrap interval over prompts."""
     rows = read_rows(folder / "rows.jsonl")
@@ -97,7 +100,8 @@ def table(folder: Path) -> str:
         *(f"\n{line}" for line in ratios(rows, methods)),
         "",
         f"{prompts} prompts, at most {run['max_new_tokens']} new tokens, temperature {run['temperature']:g}, "
-        f"{run['tree_nodes']} nodes, depth {run['tree_depth']}, top-k {run['tree_topk']}, {run['dtype']}, seed "
+        f"{run['tree_nodes']} nodes, depth {run['tree_depth']}, top-k {run['tree_topk']}, "
+        f"{FUTURES[run.get('future', 'own')]}{run['dtype']}, seed "
         f"{run['seed']}; {run['machine']}, torch {run['torch']}, transformers {run['transformers']}, commit "
         f"{run['commit'][:10]}{' (modified)' if run['dirty'] else ''}, {run['date']}.",
     ]

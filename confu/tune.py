@@ -48,7 +48,7 @@ TREES = (
     TreeConfig(nodes=64, depth=8, topk=6),
     TreeConfig(nodes=64, depth=8, topk=3),
 )
-CONTEMPLATE = (None, 4, 2, 1, 0)
+CONTEMPLATE = (4, 2, 1, 0)  # beside every node
 
 
 @dataclass(frozen=True)
@@ -90,23 +90,24 @@ def tune(
         raise ValueError("Only a trained draft has trees to tune; name one (`confu info` lists them).")
     progress("measuring costs", None)
     costs = measure(decoder, decoder.drafter)
-    contemplates = decoder.drafter.contemplation is not None
-    default = TreeConfig()
-    named: list[tuple[str, TreeConfig, bool]] = [("default tree", default, False)]
+    named = [("default tree", TreeConfig(), False)]
     named += [(f"adaptive, top-k {tree.topk}", tree, True) for tree in TREES]
     trials = _trials(decoder, costs, named, prompts, max_new_tokens, progress)
-    best = max(trials[2:], key=lambda trial: trial.tokens_per_second)
-    if contemplates:
-        assert best.tree is not None
+    best, tree = _fastest(trials)
+    if decoder.drafter.contemplation is not None:
         named = [
-            (f"{best.name}, contemplate {count}", dataclasses.replace(best.tree, contemplate=count), True)
+            (f"{best.name}, contemplate {count}", dataclasses.replace(tree, contemplate=count), True)
             for count in CONTEMPLATE
-            if count is not None
         ]
-        trials += _trials(decoder, costs, named, prompts, max_new_tokens, progress)[1:]
-        best = max(trials[2:], key=lambda trial: trial.speedup)
-    assert best.tree is not None
-    return Tuning(best.tree, costs, tuple(trials))
+        trials += _trials(decoder, costs, named, prompts, max_new_tokens, progress)[1:]  # plain decoding is there
+        _, tree = _fastest(trials)
+    return Tuning(tree, costs, tuple(trials))
+
+
+def _fastest(trials: list[Trial]) -> tuple[Trial, TreeConfig]:
+    """The adaptive trees of most speed over the plain decoding beside them, and their limits."""
+    found = [(trial, trial.tree) for trial in trials if trial.adaptive and trial.tree is not None]
+    return max(found, key=lambda pair: pair[0].speedup)
 
 
 def _trials(
