@@ -115,7 +115,7 @@ def test_every_dtype_decodes(dtype, tmp_path):
     [answer] = decoder.generate([TOKENS[0].tolist()], SamplingConfig(max_new_tokens=12))
     assert len(answer.token_ids) == 12
     if dtype == "float32":
-        assert answer.token_ids == naive.greedy(decoder.target.model, TOKENS[0].tolist(), 12)
+        assert answer.token_ids == naive.greedy(model, TOKENS[0].tolist(), 12)
     assert all(token.logprob <= 0 for token in answer.tokens)
 
 

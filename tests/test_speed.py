@@ -62,9 +62,10 @@ def test_every_part_leaves_its_rows_once(speed, folder, monkeypatch, capsys):
     assert keys("plain", "prompt", "case") == [(p, case) for p in ("chat", "code") for case in cases]
     assert keys("prefix", "prefix", "nodes") == [(24, 16), (24, 1), (496, 16), (496, 1)]  # a context of 512
     assert [row["cache_bytes"] for row in of["prefix"]][1:3] == [n * 2 * 8 * 2 * 12 * 4 for n in (24, 496)]
-    shapes = [("plain", None, None, None), ("mine", 4, 3, 4)]
-    assert keys("batch", "batch", "case", "nodes", "depth", "topk") == [(n, *shape) for n in (1, 3) for shape in shapes]
-    assert [row["num_tokens"] for row in of["batch"]] == [5, 5, 15, 15]
+    shapes = [("plain", None, None, None, None), ("mine", 4, 3, 4, False), ("mine", 64, 8, 10, True)]
+    names = ("batch", "case", "nodes", "depth", "topk", "adaptive")
+    assert keys("batch", *names) == [(n, *shape) for n in (1, 3) for shape in shapes]
+    assert [row["num_tokens"] for row in of["batch"]] == [5, 5, 5, 15, 15, 15]
     assert keys("quality", "dtype", "quantization") == [
         (dtype, rounded) for dtype in ("float32", "bfloat16") for rounded in (None, "int8")
     ]
