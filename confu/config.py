@@ -41,6 +41,10 @@ class TreeConfig:
         if self.contemplate is not None:
             _at_least(self, "contemplate", 0)
 
+    def num_con(self, nodes: int) -> int:
+        """Contemplate rows of a tree with so many nodes."""
+        return nodes if self.contemplate is None else min(self.contemplate, nodes)
+
 
 @dataclass(frozen=True)
 class TreeOptions:

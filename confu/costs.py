@@ -41,9 +41,6 @@ class Costs:
             if not points or sizes != sorted(set(sizes)) or any(not 0 <= ms < float("inf") for _, ms in points):
                 raise ValueError(f"{name} is {points!r}; give pairs of a growing size and milliseconds, at least one.")
 
-    def verify_ms(self, rows: int) -> float:
-        return between(self.verify, rows)
-
 
 def between(points: tuple[tuple[int, float], ...], size: int) -> float:
     """Linear interpolation, and the last slope beyond the last point (the first time before the first)."""
@@ -65,21 +62,18 @@ class Budget:
         self._came = self._expected = PRIOR
         self._promised = 0.0
         self.resize(batch_size)
-        self._pace = costs.verify_ms(batch_size) / batch_size
+        self._pace = between(costs.verify, batch_size) / batch_size
 
     def resize(self, batch_size: int) -> None:
         """So many sequences go on."""
         self.batch_size = batch_size
         self._level = between(self.costs.level, batch_size)
         self._commit = between(self.costs.commit, batch_size)
-        self._verify = torch.tensor([self.costs.verify_ms(self.rows(n)) for n in range(1, self.tree.nodes + 1)])
+        self._verify = torch.tensor([between(self.costs.verify, self.rows(n)) for n in range(1, self.tree.nodes + 1)])
 
     def rows(self, nodes: int) -> int:
         """Rows of a verification with ``nodes`` in each tree."""
-        con = 0
-        if self.contemplates:
-            con = nodes if self.tree.contemplate is None else min(self.tree.contemplate, nodes)
-        return self.batch_size * (nodes + con)
+        return self.batch_size * (nodes + (self.tree.num_con(nodes) if self.contemplates else 0))
 
     @property
     def trust(self) -> float:

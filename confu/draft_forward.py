@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from confu.draft import DraftModel, normed_states
-from confu.linear import product
+from confu.linear import fused, product
 from confu.rows import rows
 
 Turn = tuple[Tensor, Tensor]
@@ -28,17 +28,18 @@ class DraftForward:
         layer, attention, mlp = draft.midlayer, draft.midlayer.self_attn, draft.midlayer.mlp
         self.config, self.contemplation, self.target_ids = draft.config, draft.contemplation, draft.target_ids()
         self._rotary = draft.rotary
-        weights = {
-            "fc": draft.fc.weight,
-            "qkv": torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]),
-            "out": attention.o_proj.weight,
-            "gate_up": torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]),
-            "down": mlp.down_proj.weight,
-            "head": draft.lm_head.weight,
+        linears = {
+            "fc": [draft.fc],
+            "qkv": [attention.q_proj, attention.k_proj, attention.v_proj],
+            "out": [attention.o_proj],
+            "gate_up": [mlp.gate_proj, mlp.up_proj],
+            "down": [mlp.down_proj],
+            "head": [draft.lm_head],
         }
+        self._products = {name: fused(layers, quantization) for name, layers in linears.items()}
         if self.contemplation is not None and self.config.future_is("head"):
-            weights["looks"] = self.contemplation.future_heads.flatten(0, 1)
-        self._products = {name: product(weight, quantization=quantization) for name, weight in weights.items()}
+            heads = self.contemplation.future_heads.flatten(0, 1)
+            self._products["looks"] = product(heads, quantization=quantization)
         self._embedding_norm, self._hidden_norm = layer.input_layernorm.weight, layer.hidden_norm.weight
         self._mlp_norm, self._norm = layer.post_attention_layernorm.weight, draft.norm.weight
         self._future_norm = layer.future_norm.weight if self.config.future_is("input") else None

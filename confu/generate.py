@@ -213,8 +213,7 @@ class Decoder:
 
     def _verify(self, cache: KVCache, tree: Tree, router_state: Tensor) -> Verified:
         contemplation = self.drafter.contemplation if self.drafter else None
-        num_nodes = tree.tokens.shape[1]
-        num_con = num_nodes if self.tree.contemplate is None else min(self.tree.contemplate, num_nodes)
+        num_con = self.tree.num_con(tree.tokens.shape[1])
         return self.target.verify(cache, tree, contemplation, num_con=num_con, router_state=router_state)
 
     def _prefill(

@@ -9,6 +9,8 @@ Shapes: K inputs, N outputs.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -78,6 +80,18 @@ def product(
     if quantization is not None:
         return Int8Product(weight, bias)
     return PackedProduct(weight, bias) if _can_pack(weight) else Product(weight, bias)
+
+
+def fused(linears: list[Any], quantization: str | None) -> nn.Module:
+    """One product for several linear layers that read the same rows."""
+    biases = [linear.bias for linear in linears]
+    if any(bias is not None for bias in biases):
+        biases = [
+            torch.zeros_like(linear.weight[:, 0]) if bias is None else bias
+            for linear, bias in zip(linears, biases, strict=True)
+        ]
+    weight = torch.cat([linear.weight for linear in linears])
+    return product(weight, torch.cat(biases) if biases[0] is not None else None, quantization)
 
 
 def pack_linears(module: nn.Module, quantization: str | None = None) -> None:

@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from confu.cache import KVCache, PrefixCache
-from confu.linear import product
+from confu.linear import fused, product
 from confu.memory import forget_mapped
 from confu.rows import rows
 
@@ -79,7 +79,8 @@ class LlamaForward:
         hidden, delta = embeddings, None
         for index, layer in enumerate(self.layers):
             entering, hidden, delta = layer(hidden, delta, turn, bias, cache, index)
-            states[index] = entering
+            if index in layers:
+                states[index] = entering
         _, final = rows().add_norm(hidden, delta, self.norm, self.eps)
         states[len(self.layers)] = final
         captured = torch.cat([states[index] for index in layers], dim=-1)
@@ -99,10 +100,10 @@ class _Layer:
     def __init__(self, layer: Any, num_heads: int, num_groups: int, quantization: str | None) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.num_heads, self.num_groups, self.head_dim = num_heads, num_groups, attention.head_dim
-        self.qkv = _fused([attention.q_proj, attention.k_proj, attention.v_proj], quantization)
-        self.out = _fused([attention.o_proj], quantization)
-        self.gate_up = _fused([mlp.gate_proj, mlp.up_proj], quantization)
-        self.down = _fused([mlp.down_proj], quantization)
+        self.qkv = fused([attention.q_proj, attention.k_proj, attention.v_proj], quantization)
+        self.out = fused([attention.o_proj], quantization)
+        self.gate_up = fused([mlp.gate_proj, mlp.up_proj], quantization)
+        self.down = fused([mlp.down_proj], quantization)
         self.attention_norm = layer.input_layernorm.weight
         self.mlp_norm = layer.post_attention_layernorm.weight
         self.eps: float = layer.input_layernorm.variance_epsilon
@@ -137,18 +138,6 @@ class _Layer:
         attended = self.out(attended.transpose(1, 2).flatten(2))
         between, normed = rows().add_norm(hidden, attended, self.mlp_norm, self.eps)
         return hidden, between, self.down(rows().gate(self.gate_up(normed)))
-
-
-def _fused(linears: list[Any], quantization: str | None) -> nn.Module:
-    """One product for several linear layers that read the same rows."""
-    biases = [linear.bias for linear in linears]
-    if any(bias is not None for bias in biases):
-        biases = [
-            torch.zeros_like(linear.weight[:, 0]) if bias is None else bias
-            for linear, bias in zip(linears, biases, strict=True)
-        ]
-    weight = torch.cat([linear.weight for linear in linears])
-    return product(weight, torch.cat(biases) if biases[0] is not None else None, quantization)
 
 
 def _empty(module: nn.Module) -> None:

@@ -67,15 +67,15 @@ def read_network(draft: str | None, dtype: torch.dtype, device: str) -> DraftMod
 
 def pack(model: PreTrainedModel, quantization: str | None = None) -> Forward:
     """The model's weights laid out for decoding. The model gives its own up: it keeps embeddings and configuration."""
-    _leave_file(model)
     if is_llama_like(model):
+        _leave_file(model)
         return LlamaForward(model, quantization, release=True)
     pack_linears(model, quantization)
     return ModelForward(model, quantization)
 
 
 def _leave_file(model: PreTrainedModel) -> None:
-    """Copy what stays of a model whose weights are mapped from a file, so that the file's pages can go."""
+    """Copy what stays of a Llama-like model (embedding, norms) that is mapped from a file, so that its pages can go."""
     left = []
     for module in model.modules():
         if not isinstance(module, torch.nn.Linear):

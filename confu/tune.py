@@ -141,10 +141,10 @@ def _trials(
     shapes: list[tuple[str, TreeConfig | None, bool]] = [("plain", None, False), *named]
     trials = []
     for (name, tree, adaptive), mine in zip(shapes, found, strict=True):
-        rounds = max(1, sum(s.num_rounds for s in mine))
-        tau = sum(sum(map(sum, s.round_lengths)) for s in mine) / rounds
-        nodes = 1 + sum(s.num_draft_tokens for s in mine) / rounds
-        trials.append(Trial(name, tree, adaptive, speed(mine), speed(mine) / speed(found[0]), tau, nodes))
+        whole = Stats(round_lengths=[lengths for s in mine for lengths in s.round_lengths])
+        nodes = 1 + sum(s.num_draft_tokens for s in mine) / max(1, whole.num_rounds)
+        speedup, tau = speed(mine) / speed(found[0]), whole.mean_acceptance_length
+        trials.append(Trial(name, tree, adaptive, speed(mine), speedup, tau, nodes))
     return trials
 
 
@@ -256,8 +256,8 @@ def read(folder: Path, decoder: Decoder) -> tuple[TreeConfig, Costs] | None:
     for path in _places(folder):
         entry = _machines(path).get(machine_key(decoder))
         if entry is not None:
-            costs = {name: tuple((size, ms) for size, ms in points) for name, points in entry["costs"].items()}
-            return from_dict(TreeConfig, entry["tree"], source=str(path)), Costs(**costs)
+            tree = from_dict(TreeConfig, entry["tree"], source=str(path))
+            return tree, from_dict(Costs, entry["costs"], source=str(path))
     return None
 
 
