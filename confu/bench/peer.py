@@ -50,7 +50,7 @@ class PeerEngine:
     """A running peer. Raises PeerMissing when its environment lacks it, or it cannot load the model."""
 
     def __init__(self, python: str, adapter: str, settings: dict[str, Any]) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": str(settings["threads"]), "OMP_WAIT_POLICY": "passive"}
+        environment = os.environ | {"OMP_NUM_THREADS": str(settings["threads"])}
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process is)
         try:
             self._process = subprocess.Popen(
