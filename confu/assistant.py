@@ -10,6 +10,7 @@ from confu.cache import KVCache
 from confu.config import TreeConfig
 from confu.costs import Budget
 from confu.drafter import Accepted
+from confu.rows import rows
 from confu.target import Target
 from confu.tree import Candidates, Tree
 
@@ -45,7 +46,6 @@ class Assistant:
                 "both must share one vocabulary."
             )
         self.model = model
-        self._token_ids = torch.arange(model.vocab_size, device=model.device)
 
     def new_state(self, batch_size: int, capacity: int) -> AssistantState:
         roots = torch.zeros(batch_size, dtype=torch.int64, device=self.model.device)
@@ -58,25 +58,26 @@ class Assistant:
 
     def grow(self, state: AssistantState, config: TreeConfig, budget: Budget | None = None) -> Tree:
         batch, device = len(state.roots), state.roots.device
-        candidates = Candidates(config.topk)
+        candidates = Candidates()
         zeros = torch.zeros(batch, 1, device=device)
         reach = torch.ones(batch, 1, 1, dtype=torch.bool, device=device)
-        log_probs = self._step(state.cache, state.roots[:, None], reach, 0)
-        frontier = candidates.add_level(log_probs, self._token_ids, zeros, zeros.long() - 1)
+        children = self._step(state.cache, state.roots[:, None], reach, 0, config.topk)
+        frontier = candidates.add_level(children, zeros, zeros.long() - 1)
         itself = torch.eye(frontier.tokens.shape[1], dtype=torch.bool, device=device).expand(batch, -1, -1)
         for level in range(1, config.depth):
             if budget is not None and not budget.deeper(frontier.scores):
                 break
             seen = reach.gather(1, frontier.origin[:, :, None].expand(-1, -1, reach.shape[2]))
             reach = torch.cat([seen, itself], dim=2)
-            log_probs = self._step(state.cache, frontier.tokens, reach, level)
-            frontier = candidates.add_level(log_probs, self._token_ids, frontier.scores, frontier.candidates)
+            children = self._step(state.cache, frontier.tokens, reach, level, config.topk)
+            frontier = candidates.add_level(children, frontier.scores, frontier.candidates)
         return candidates.prune(state.roots, config.nodes, budget)
 
     def _step(
-        self, cache: KVCache, tokens: Int[Tensor, "B F"], reach: Bool[Tensor, "B F W"], level: int
-    ) -> Float[Tensor, "B F V"]:
-        """Log-probabilities after F nodes of one level; they see the prefix and what ``reach`` allows of the tree."""
+        self, cache: KVCache, tokens: Int[Tensor, "B F"], reach: Bool[Tensor, "B F W"], level: int, topk: int
+    ) -> tuple[Float[Tensor, "B F k"], Int[Tensor, "B F k"]]:
+        """Log-probabilities and ids of the best children of F nodes of one level, which see the prefix and what
+        ``reach`` allows of the tree."""
         num_rows = tokens.shape[1]
         positions = (cache.lengths_tensor()[:, None] + level).clamp(max=self.model.max_positions - 1)
         cache.open_rows(num_rows, offset=reach.shape[2] - num_rows)
@@ -88,4 +89,4 @@ class Assistant:
             self.model.feature_layers,
             num_logits=num_rows,
         )
-        return logits.log_softmax(dim=-1)
+        return rows().best(logits, min(topk, logits.shape[2]))

@@ -20,6 +20,7 @@ from confu.contemplate import Contemplation
 from confu.costs import Budget
 from confu.draft import DraftModel, attend
 from confu.draft_forward import DraftForward, Turn
+from confu.rows import rows
 from confu.target import Target
 from confu.tree import Candidates, Frontier, Tree, take
 
@@ -170,11 +171,10 @@ class TreeDrafter:
         """EAGLE-2's tree: ``depth`` levels, the best ``topk`` nodes of each expanded, the best N nodes kept."""
         cache = state.cache
         batch, device = len(state.lengths), state.root.device
-        candidates = Candidates(config.topk)
+        candidates, topk = Candidates(), config.topk
         zeros = torch.zeros(batch, 1, device=device)
         out = state.out[:, None]  # [B, 1, Df]
-        ids = self.forward.target_ids
-        frontier = candidates.add_level(self._log_probs(state, out, 0), ids, zeros, zeros.long() - 1)
+        frontier = candidates.add_level(self._children(state, out, 0, topk), zeros, zeros.long() - 1)
         width = frontier.tokens.shape[1]
         itself = torch.eye(width, dtype=torch.bool, device=device).expand(batch, -1, -1)
         reach = itself[:, :, :0]  # which drafted rows each frontier row sees; grows by one level a step
@@ -190,9 +190,8 @@ class TreeDrafter:
             hidden = take(out, frontier.origin)
             turn = (cos[:, level : level + 1].expand(-1, width, -1), sin[:, level : level + 1].expand(-1, width, -1))
             out = self._step(state, frontier, hidden, turn, reach)
-            frontier = candidates.add_level(
-                self._log_probs(state, out, level + 1), ids, frontier.scores, frontier.candidates
-            )
+            children = self._children(state, out, level + 1, topk)
+            frontier = candidates.add_level(children, frontier.scores, frontier.candidates)
         return candidates.prune(state.root, config.nodes, budget)
 
     def _step(
@@ -216,6 +215,10 @@ class TreeDrafter:
         everyone = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
         return state.cache.row_mask(rows, with_soft=everyone if state.has_slot else False)
 
-    def _log_probs(self, state: TreeState, out: Float[Tensor, "B R D"], step: int) -> Float[Tensor, "B R U"]:
+    def _children(
+        self, state: TreeState, out: Float[Tensor, "B R D"], step: int, topk: int
+    ) -> tuple[Float[Tensor, "B R k"], Int[Tensor, "B R k"]]:
+        """Log-probabilities and token ids of the best children of each row."""
         logits = self.forward.logits(out, state.looked, state.lag + step)
-        return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+        best, ids = rows().best(logits, min(topk, logits.shape[2]))
+        return best, self.forward.target_ids[ids]

@@ -123,6 +123,37 @@ void scale(const float* x, const float* scales, const T* __restrict__ bias, T* _
             for (int64_t i = 0; i < width; i++) put(out[i], x[i] * scales[r]);
 }
 
+// each row's k largest of log_softmax(x), largest first, and where they are; of equal ones the first
+template <typename T>
+void best(const T* x, float* values, int64_t* places, int64_t rows, int64_t width, int64_t k) {
+    constexpr int64_t block = 64;
+    for (int64_t r = 0; r < rows; r++, x += width, values += k, places += k) {
+        int64_t found = 0;
+        for (int64_t start = 0; start < width; start += block) {
+            const int64_t end = start + block < width ? start + block : width;
+            float largest = wide(x[start]);
+            for (int64_t i = start + 1; i < end; i++) largest = std::fmax(largest, wide(x[i]));
+            if (found == k && !(largest > values[k - 1])) continue;
+            for (int64_t i = start; i < end; i++) {
+                const float value = wide(x[i]);
+                if (found == k && !(value > values[k - 1])) continue;
+                int64_t at = found < k ? found++ : k - 1;
+                for (; at > 0 && value > values[at - 1]; at--) {
+                    values[at] = values[at - 1];
+                    places[at] = places[at - 1];
+                }
+                values[at] = value;
+                places[at] = i;
+            }
+        }
+        const float top = values[0];
+        float sum = 0;
+        for (int64_t i = 0; i < width; i++) sum += std::exp(wide(x[i]) - top);
+        const float total = top + std::log(sum);
+        for (int64_t j = 0; j < k; j++) values[j] -= total;
+    }
+}
+
 }  // namespace
 
 #define EXPORT(T)                                                                                                     \
@@ -139,6 +170,9 @@ void scale(const float* x, const float* scales, const T* __restrict__ bias, T* _
     }                                                                                                                 \
     extern "C" void scale_##T(const float* x, const float* s, const T* b, T* o, int64_t rows, int64_t n) {             \
         scale(x, s, b, o, rows, n);                                                                                   \
+    }                                                                                                                 \
+    extern "C" void best_##T(const T* x, float* v, int64_t* p, int64_t rows, int64_t n, int64_t k) {                   \
+        best(x, v, p, rows, n, k);                                                                                    \
     }
 
 EXPORT(float)

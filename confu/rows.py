@@ -1,4 +1,5 @@
-"""What stands between the matrix products of a decoder layer: norms, rotations, the gate, rounding to int8.
+"""What stands between the matrix products of a decoder layer: norms, rotations, the gate, rounding to int8; and which
+tokens a draft likes best.
 
 A verification reads a few dozen rows, so these cost little arithmetic but, as torch operations, some fifteen calls a
 layer. `NativeRows` does each in one pass, by `rows.cpp`, which is compiled on first use (half a second) where there is
@@ -22,7 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int, Int8
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
@@ -87,6 +88,14 @@ class Rows:
         x = x * scales[..., None]
         return (x if bias is None else x + bias).to(dtype)
 
+    def best(
+        self, logits: Float[Tensor, "B R U"], count: int
+    ) -> tuple[Float[Tensor, "B R count"], Int[Tensor, "B R count"]]:
+        """The ``count`` largest log-probabilities (float32) of each row, largest first, and where they are."""
+        log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+        values, places = log_probs.topk(count, dim=-1)
+        return values, places
+
 
 class NativeRows(Rows):
     """The same by the compiled functions, for few rows on a CPU."""
@@ -99,6 +108,7 @@ class NativeRows(Rows):
             "gate": [pointer] * 2 + [count] * 2,
             "quantize": [pointer] * 3 + [count] * 2,
             "scale": [pointer] * 4 + [count] * 2,
+            "best": [pointer] * 3 + [count] * 3,
         }
         self._functions = {}
         for dtype, suffix in SUFFIXES.items():
@@ -186,6 +196,19 @@ class NativeRows(Rows):
             x.data_ptr(), scales.data_ptr(), added, out.data_ptr(), x.numel() // width, width
         )
         return out
+
+    def best(
+        self, logits: Float[Tensor, "B R U"], count: int
+    ) -> tuple[Float[Tensor, "B R count"], Int[Tensor, "B R count"]]:
+        if not self._serves(logits):
+            return super().best(logits, count)
+        values = torch.empty(*logits.shape[:-1], count)
+        places = torch.empty(values.shape, dtype=torch.int64)
+        width = logits.shape[-1]
+        self._functions["best", logits.dtype](
+            logits.data_ptr(), values.data_ptr(), places.data_ptr(), logits.numel() // width, width, count
+        )
+        return values, places
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 All functions are batched and level-parallel. Nodes of a tree are rows: node 0 is the root (the last token the target
 drew itself), every parent comes before its children, and `ancestors` is the attention mask among the rows.
 
-Shapes: B batch, N nodes, k top-k, U draft vocabulary.
+Shapes: B batch, N nodes, k top-k.
 """
 
 from __future__ import annotations
@@ -83,8 +83,7 @@ class Candidates:
     Level 1 holds the k children of the root, every further level the k children of each of its k frontier nodes.
     """
 
-    def __init__(self, topk: int) -> None:
-        self.topk = topk
+    def __init__(self) -> None:
         self.tokens: list[Tensor] = []
         self.parents: list[Tensor] = []
         self.scores: list[Tensor] = []
@@ -92,19 +91,19 @@ class Candidates:
 
     def add_level(
         self,
-        log_probs: Float[Tensor, "B F U"],
-        target_ids: Int[Tensor, " U"],
+        children: tuple[Float[Tensor, "B F k"], Int[Tensor, "B F k"]],
         scores: Float[Tensor, "B F"],
         parents: Int[Tensor, "B F"],
     ) -> Frontier:
-        """Score the children of F frontier nodes; returns the best k of them, the next frontier.
+        """Add the k best children of each of F frontier nodes, log-probabilities and token ids; returns the best k of
+        them all, the next frontier.
 
         ``scores`` and ``parents`` are the frontier nodes' own path scores and candidate indices (-1: the root).
         """
-        topk = min(self.topk, log_probs.shape[2])
-        best, ids = log_probs.topk(topk, dim=2)
+        best, tokens = children
+        topk = best.shape[2]
         path_scores = (scores[:, :, None] + best).flatten(1)
-        tokens = target_ids[ids].flatten(1)
+        tokens = tokens.flatten(1)
         self.tokens.append(tokens)
         self.scores.append(path_scores)
         self.parents.append(parents.repeat_interleave(topk, dim=1))

@@ -279,3 +279,24 @@ def test_without_the_library_torch_takes_its_place(fresh, tmp_path, monkeypatch,
     assert "rows.cpp is not used, torch takes its place" in caplog.text
     assert said in caplog.text
     assert not list(itertools.chain.from_iterable(path.glob("*") for path in tmp_path.glob("native")))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "count"), [((1, 10, 8192), 10), ((2, 3, 63), 1), ((3, 1, 65), 65), ((1, 128, 64), 3)]
+)
+def test_best(native, dtype, shape, count):
+    logits = random(*shape, dtype=dtype) * 4
+    values, places = native.best(logits, count)
+    their_values, _ = Rows().best(logits, count)
+    assert (values.dtype, places.dtype) == (torch.float32, torch.int64)
+    torch.testing.assert_close(values, their_values, rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits.gather(-1, places), logits.sort(dim=-1, descending=True).values[..., :count])
+    assert all(len(set(row)) == count for row in places.flatten(0, -2).tolist())
+
+
+def test_best_takes_the_first_of_equals(native, hollow):
+    _, places = native.best(torch.tensor([[[1.0, 2.0, 2.0, 1.0, 2.0] * 40]]), 4)
+    assert places.tolist() == [[[1, 2, 4, 6]]]
+    many = random(1, MOST_ROWS + 1, 8)
+    assert torch.equal(hollow.best(many, 2)[0], Rows().best(many, 2)[0])

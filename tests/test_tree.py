@@ -22,7 +22,7 @@ def random_log_probs(seed: int, path: tuple[int, ...], width: int, *, coarse: bo
 def grown(seeds, *, depth: int, topk: int, nodes: int, width: int, coarse: bool = False) -> Tree:
     """A batch of trees by the package, the path of every frontier node followed through `origin`."""
     ids = torch.arange(width) * 3 + 1
-    candidates, batch = Candidates(topk), len(seeds)
+    candidates, batch = Candidates(), len(seeds)
     frontier_paths = [[()] for _ in seeds]
     scores, parents = torch.zeros(batch, 1), torch.full((batch, 1), -1)
     for _ in range(depth):
@@ -30,7 +30,8 @@ def grown(seeds, *, depth: int, topk: int, nodes: int, width: int, coarse: bool 
             [[random_log_probs(seed, path, width, coarse=coarse) for path in row]
              for seed, row in zip(seeds, frontier_paths, strict=True)]
         )  # fmt: skip
-        frontier = candidates.add_level(log_probs, ids, scores, parents)
+        best, where = log_probs.topk(min(topk, width), dim=2)
+        frontier = candidates.add_level((best, ids[where]), scores, parents)
         scores, parents = frontier.scores, frontier.candidates
         frontier_paths = [
             [(*frontier_paths[b][origin], token) for origin, token in zip(origins, tokens, strict=True)]
