@@ -31,6 +31,7 @@ from confu.bench.tables import (
     Table,
     by_task_table,
     conditions,
+    engines_table,
     equality_cell,
     equality_header,
     find,
@@ -117,6 +118,7 @@ def bench(names: list[str]) -> str:
     if len(found) == 1:
         tables = [
             overall_table(found[0]),
+            engines_table(found[0]),
             by_task_table(found[0], "Speed-up by task", "speedup"),
             by_task_table(found[0], "Tau by task", "mean_acceptance_length"),
         ]

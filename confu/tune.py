@@ -262,10 +262,12 @@ def read(folder: Path, decoder: Decoder) -> tuple[TreeConfig, Costs] | None:
 
 
 def _places(folder: Path) -> list[Path]:
-    """Beside the draft, then in the user's cache; a shipped draft's folder belongs to the installation."""
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    cached = cache_dir() / "tuned" / f"{name}.json"
-    return [cached] if folder.parent == SHIPPED_DRAFTS else [folder / FILE, cached]
+    """Beside the draft, then in the user's cache. A shipped draft's folder belongs to the installation; its name stands
+    for it in every one."""
+    kept = cache_dir() / "tuned"
+    if folder.parent == SHIPPED_DRAFTS:
+        return [kept / f"{folder.name}.json"]
+    return [folder / FILE, kept / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.json"]
 
 
 def _machines(path: Path) -> dict[str, Any]:

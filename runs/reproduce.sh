@@ -2,31 +2,39 @@
 # The tables of README.md and docs/benchmark.md, from nothing: measure, keep the rows, render.
 #
 #   QUESTIONS=question.jsonl LIMIT=60 runs/reproduce.sh
+#   RUNS="t0 t0.7" runs/reproduce.sh
 #
-# Interrupted, it goes on where it was. Environment: LIMIT questions of Spec-Bench (10 a task by default), QUESTIONS its
-# file (fetched without), DRAFTS to compare, PEERS as options of confu bench, OUT for what is not committed.
+# Interrupted, it goes on where it was; a larger LIMIT adds to what is there. Environment: LIMIT questions of Spec-Bench
+# (10 a task by default; SWEEP_LIMIT of the sweep), QUESTIONS its file (fetched without), DRAFTS to compare, PEERS of the
+# run `tuned` as options of confu bench, RUNS to do, OUT for what is not committed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bin=${BIN:-.venv/bin}
 out=${OUT:-out/bench}
 read -ra drafts <<< "${DRAFTS:-smollm2-135m-eagle3 smollm2-135m-confu}"
-read -ra peers <<< "${PEERS:---peer transformers --peer eagle3-reference}"
-common=("${drafts[@]}" --limit "${LIMIT:-60}" ${QUESTIONS:+--questions "$QUESTIONS"})
+read -ra peers <<< "${PEERS:---peer transformers}"
+read -ra runs <<< "${RUNS:-tuned t0 t0.7 t1.0 float32 sweep}"
+common=("${drafts[@]}" ${QUESTIONS:+--questions "$QUESTIONS"})
 
-# Speed and acceptance at three temperatures by 30 and 60 nodes. Peers take part where answers can be compared.
-for temperature in 0 0.7 1.0; do
-    with=()
-    if [ "$temperature" = 0 ]; then with=("${peers[@]}" --costs); fi
-    "$bin/confu" bench "${common[@]}" --temperature "$temperature" --sweep nodes=30,60 --dtype bfloat16 \
-        "${with[@]}" --out "$out/t$temperature"
-done
-# Equality where it can be decided: float32, greedy.
-"$bin/confu" bench "${common[@]}" --dtype float32 --out "$out/float32"
-# What a tree of another size or with fewer contemplate rows would do.
-"$bin/confu" bench "${common[@]}" --sweep nodes=8,16,30,60 contemplate=0,4,16 --limit "${SWEEP_LIMIT:-12}" \
-    --dtype bfloat16 --out "$out/sweep"
-
-for run in t0 t0.7 t1.0 float32 sweep; do
+for run in "${runs[@]}"; do
+    limit=${LIMIT:-60}
+    case "$run" in
+    # As a user would decode: trees sized by what `confu tune` finds, beside every peer.
+    tuned)
+        for draft in "${drafts[@]}"; do
+            if [ ! -e "$out/tuned/results.jsonl" ]; then "$bin/confu" tune "$draft" --dtype bfloat16; fi
+        done
+        options=(--dtype bfloat16 --costs "${peers[@]}") ;;
+    # Acceptance and speed at three temperatures, by 30 and 60 nodes.
+    t0) options=(--dtype bfloat16 --sweep nodes=30,60 --costs) ;;
+    t*) options=(--dtype bfloat16 --sweep nodes=30,60 --temperature "${run#t}") ;;
+    # Equality where it can be decided, and our eagle3 against EAGLE-3 written again.
+    float32) options=(--dtype float32 --tree-nodes 30 --peer eagle3-reference) ;;
+    # What a tree of another size or with fewer contemplate rows would do.
+    sweep) options=(--dtype bfloat16 --sweep nodes=8,16,30,60 contemplate=0,4,16) limit=${SWEEP_LIMIT:-12} ;;
+    *) echo "RUNS names $run; give some of tuned, t0, t0.7 (or another temperature), float32, sweep." >&2; exit 2 ;;
+    esac
+    "$bin/confu" bench "${common[@]}" --limit "$limit" "${options[@]}" --out "$out/$run"
     kept=benchmarks/results/spec-bench-$run
     mkdir -p "$kept"
     gzip -9 --no-name --stdout "$out/$run/results.jsonl" > "$kept/results.jsonl.gz"

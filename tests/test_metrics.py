@@ -6,7 +6,7 @@ import pytest
 from made_rows import results, row
 
 from confu.bench.equality import compare, failures, permutation_test
-from confu.bench.metrics import bootstrap, summarise, tau_ratio
+from confu.bench.metrics import bootstrap, speed_ratio, summarise, tau_ratio
 from confu.bench.tables import equality_cell, verdict
 
 ROWS = [
@@ -63,6 +63,15 @@ def test_ratio_of_taus_is_over_common_questions():
     rows = [*ROWS, row("confu", "a1", 1.0, [4, 4, 4]), row("confu", "c1", 1.0, [1, 1])]
     assert tau_ratio(results(rows), "confu", "eagle3") == (4 / (7 / 4), None)
     assert tau_ratio(results(ROWS), "confu", "eagle3") is None
+
+
+def test_ratio_of_speeds_is_over_common_answers():
+    mine = [row("confu", "a1", 2.0, [3]), row("confu", "c1", 0.5, [9]), row("confu", "a1", 9.0, [3], turn=1)]
+    theirs = [row("peer", "a1", 1.0, []), row("peer", "b1", 7.0, [])]
+    tokens = {r["method"]: r["num_tokens"] for r in (mine[0], theirs[0])}
+    found = speed_ratio(results([*mine, *theirs]), "confu", "peer")
+    assert found == ((tokens["confu"] / 2.0) / (tokens["peer"] / 1.0), None)
+    assert speed_ratio(results(mine), "confu", "peer") is None
 
 
 def test_bootstrap_interval_is_that_of_the_mean():

@@ -62,6 +62,8 @@ def test_peers_answer_as_we_do(bench_run, tmp_path):  # noqa: F811
         found = document["methods"][name]
         assert (found["num_compared"], found["num_diverged"], found["num_failed"]) == (4, 0, 0), name
     assert document["tau_ratios"]["eagle3 / eagle3-reference"]["ratio"] == 1.0
+    ours, theirs = ("plain", "lookup", "eagle3"), names[:3]  # the reference says nothing about speed
+    assert document["speed_ratios"].keys() == {f"{mine} / {other}" for mine in ours for other in theirs}
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     rounds = {(r["method"], r["question"], r["turn"]): (r["round_lengths"], r["round_accepted"]) for r in rows}
     for (method, *place), found in rounds.items():

@@ -166,6 +166,16 @@ def test_where_the_draft_cannot_be_written_to_the_cache_keeps_it(tuning, tmp_pat
     assert tune.read(nowhere / "draft", decoder) == (found.tree, found.costs)
 
 
+def test_a_shipped_draft_is_tuned_for_all_installations(tuning, tmp_path, monkeypatch):
+    decoder, found = tuning
+    for installation in ("first", "second"):
+        monkeypatch.setattr(tune, "SHIPPED_DRAFTS", tmp_path / installation)
+        folder = tmp_path / installation / "draft"
+        if installation == "first":
+            tune.write(folder, decoder, found)
+        assert tune.read(folder, decoder) == (found.tree, found.costs)
+
+
 def test_options_of_the_tree():
     assert not TreeOptions().given
     assert TreeOptions().config() == TreeConfig()

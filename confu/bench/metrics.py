@@ -113,6 +113,14 @@ def tau_ratio(results: Results, method: str, over: str) -> tuple[float, Interval
     return ratio_of_ratios(*map(sum, columns)), bootstrap(columns, ratio_of_ratios)
 
 
+def speed_ratio(results: Results, method: str, over: str) -> tuple[float, Interval] | None:
+    """Tokens per second over another method's, on the answers that both have; None where there are none."""
+    rows = {name: [row for row in results.rows if row["method"] == name] for name in (method, over)}
+    paired = [tally for tally in _tallies(rows[method], rows[over]).values() if tally.baseline_tokens]
+    ratio, interval, _ = _speedup(paired)
+    return None if ratio is None else (ratio, interval)
+
+
 def bootstrap(columns: Sequence[Sequence[float]], statistic: Callable[..., float]) -> Interval:
     """Middle 95 % of a statistic of column sums, over resampled rows; None for fewer than two rows."""
     count = len(columns[0])

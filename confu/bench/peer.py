@@ -20,11 +20,11 @@ import torch
 
 from confu.bench.answers import Answer, DecoderEngine
 from confu.bench.methods import Draft, Method
+from confu.bench.results import REFERENCE
 from confu.config import SamplingConfig, TreeConfig
 from confu.models import draft_path, target_path
 
 ADAPTERS = Path(__file__).parent / "peers"
-REFERENCE = "eagle3-reference"
 PEERS = {
     "transformers": ("hf", ("plain", "lookup", "assisted")),
     "llama.cpp": ("llamacpp", ("plain", "lookup")),

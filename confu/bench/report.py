@@ -18,6 +18,7 @@ from confu.bench.tables import (
     conditions,
     depth_table,
     differences_table,
+    engines_table,
     means_table,
     overall_table,
     ratio_lines,
@@ -43,6 +44,7 @@ def write_report(findings: Findings, out: Path) -> Path:
 def _tables(findings: Findings) -> Iterator[Table]:
     yield by_task_table(findings, "Speed-up by task (95 % interval)", "speedup")
     yield by_task_table(findings, "Tau by task (95 % interval)", "mean_acceptance_length")
+    yield engines_table(findings)
     yield depth_table(findings)
     yield time_table(findings)
     yield means_table(findings)

@@ -18,6 +18,7 @@ from confu.bench.questions import Question
 SCHEMA_VERSION = 1
 PLAIN = "plain"  # the method that all others are held against
 OURS = "confu"  # the engine, beside those of peers
+REFERENCE = "eagle3-reference"  # the peer that says nothing about speed
 GROWING = ("methods", "num_questions", "repeats", "commits", "costs", "date")
 """What a later call may add to in run.json; all else must stay as it was begun."""
 

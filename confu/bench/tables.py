@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from confu.bench.equality import Comparison, Difference, failures
-from confu.bench.metrics import Interval, Summary, summarise, tasks_of, tau_ratio
-from confu.bench.results import OURS, PLAIN, Results
+from confu.bench.metrics import Interval, Summary, speed_ratio, summarise, tasks_of, tau_ratio
+from confu.bench.results import OURS, PLAIN, REFERENCE, Results
 from confu.pages.page import NONE, number
 
 SHAPE = ("nodes", "depth", "topk")
@@ -46,6 +47,8 @@ class Findings:
     failures: list[str]
     tau_ratios: dict[str, tuple[float, Interval]]
     """By the same tree, under "method / method": ConFu's tau over EAGLE-3's, and ours over the reference's."""
+    speed_ratios: dict[str, dict[str, tuple[float, Interval]]]
+    """Tokens per second of each of our methods over those of other engines, and of ConFu over those of EAGLE-3."""
 
     @property
     def speculative(self) -> list[str]:
@@ -65,6 +68,7 @@ def find(results: Results, compared: dict[str, Comparison]) -> Findings:
         compared=compared,
         failures=failures(results, compared),
         tau_ratios=_tau_ratios(results),
+        speed_ratios=_speed_ratios(results),
     )
 
 
@@ -89,6 +93,11 @@ def document(findings: Findings) -> dict[str, Any]:
         "methods": methods,
         "by_task": {task: plain(summaries) for task, summaries in findings.by_task.items()},
         "tau_ratios": {pair: {"ratio": ratio, "interval": span} for pair, (ratio, span) in findings.tau_ratios.items()},
+        "speed_ratios": {
+            f"{mine} / {theirs}": {"ratio": ratio, "interval": span}
+            for mine, found in findings.speed_ratios.items()
+            for theirs, (ratio, span) in found.items()
+        },
         "differences": [{k: v for k, v in one.items() if k not in ("text", "plain_text")} for one in differences],
         "failures": findings.failures,
     }
@@ -140,6 +149,16 @@ def means_table(findings: Findings) -> Table:
         for name, found in findings.overall.items()
     ]
     return Table("Pooled, and as means over questions", header, rows)
+
+
+def engines_table(findings: Findings) -> Table:
+    """Our methods against all others, answer by answer."""
+    columns = list(dict.fromkeys(name for found in findings.speed_ratios.values() for name in found))
+    rows = [
+        [name, *(f"{found[other][0]:.2f} ({span(found[other][1])})" if other in found else NONE for other in columns)]
+        for name, found in findings.speed_ratios.items()
+    ]
+    return Table("Tokens per second over those of others (95 % interval)", ["method", *columns], rows)
 
 
 def depth_table(findings: Findings) -> Table:
@@ -252,14 +271,29 @@ def with_interval(found: Summary | None, value: str) -> str:
 
 def _tau_ratios(results: Results) -> dict[str, tuple[float, Interval]]:
     facts = results.run["methods"]
-    fixed = {name: found["tree"] for name, found in facts.items() if "tree" in found and "costs" not in found}
-    trees = {name: {field: tree[field] for field in SHAPE} for name, tree in fixed.items()}
     found = {}
-    for mine in trees:
-        for theirs in trees:
-            kinds = facts[mine]["kind"], facts[theirs]["kind"], facts[theirs]["engine"]
-            if kinds not in (("confu", "eagle3", OURS), ("eagle3", "eagle3", "eagle3-reference")):
-                continue
-            if mine != theirs and trees[mine] == trees[theirs] and (ratio := tau_ratio(results, mine, theirs)):
-                found[f"{mine} / {theirs}"] = ratio
+    for mine, theirs in itertools.permutations(facts, 2):
+        kinds = facts[mine]["kind"], facts[theirs]["kind"], facts[theirs]["engine"]
+        pair = kinds in (("confu", "eagle3", OURS), ("eagle3", "eagle3", REFERENCE))
+        if pair and _same_tree(facts[mine], facts[theirs]) and (ratio := tau_ratio(results, mine, theirs)):
+            found[f"{mine} / {theirs}"] = ratio
     return found
+
+
+def _speed_ratios(results: Results) -> dict[str, dict[str, tuple[float, Interval]]]:
+    facts = results.run["methods"]
+    found: dict[str, dict[str, tuple[float, Interval]]] = {}
+    for mine, theirs in itertools.permutations(facts, 2):
+        if facts[mine]["engine"] != OURS or facts[theirs]["engine"] == REFERENCE:
+            continue
+        alike = _same_tree(facts[mine], facts[theirs]) or all("costs" in facts[name] for name in (mine, theirs))
+        pair = (facts[mine]["kind"], facts[theirs]["kind"]) == ("confu", "eagle3") and alike
+        if (facts[theirs]["engine"] != OURS or pair) and (ratio := speed_ratio(results, mine, theirs)):
+            found.setdefault(mine, {})[theirs] = ratio
+    return found
+
+
+def _same_tree(mine: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    """Whether both have a fixed tree, of one shape."""
+    fixed = all("tree" in facts and "costs" not in facts for facts in (mine, theirs))
+    return fixed and all(mine["tree"][field] == theirs["tree"][field] for field in SHAPE)
