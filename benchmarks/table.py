@@ -4,7 +4,8 @@
     python benchmarks/table.py --check    # exit 1 when a file does not show today's rows
 
 ``<!-- tau:NAME -->`` ... ``<!-- /tau -->`` is filled from benchmarks/results/NAME, ``<!-- bench:NAME -->`` ...
-``<!-- /bench -->`` from the run of `confu bench` kept there (``bench:A,B,...``: runs side by side),
+``<!-- /bench -->`` from the run of `confu bench` kept there (``bench:A,B,...``: runs side by side;
+``bench-overall:NAME``: its first table alone),
 ``<!-- runs:A,B,... -->`` ... ``<!-- /runs -->`` from the runs A, B, ..., ``<!-- training-table -->`` ...
 ``<!-- /training-table -->`` from all runs that are folders, ``<!-- speed:NAME -->`` ... ``<!-- /speed -->`` from
 benchmarks/results/speed/NAME (what `speed.py` left there), ``<!-- throughput -->`` ... ``<!-- /throughput -->`` from
@@ -26,6 +27,7 @@ from typing import Any
 from confu.bench.equality import compare
 from confu.bench.metrics import bootstrap, over, ratio_of_ratios
 from confu.bench.results import read_results
+from confu.bench.simulate import prediction_table
 from confu.bench.tables import (
     Findings,
     Table,
@@ -48,6 +50,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TAU = re.compile(r"(<!-- tau:([\w-]+) -->\n).*?(<!-- /tau -->)", re.DOTALL)
 BENCH = re.compile(r"(<!-- bench:([\w.,-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+OVERALL = re.compile(r"(<!-- bench-overall:([\w.-]+) -->\n).*?(<!-- /bench-overall -->)", re.DOTALL)
 RUNS = re.compile(r"(<!-- runs:([\w,-]+) -->\n).*?(<!-- /runs -->)", re.DOTALL)
 EVALUATIONS = re.compile(r"(<!-- evaluations:([\w-]+) -->\n).*?(<!-- /evaluations -->)", re.DOTALL)
 THROUGHPUT = re.compile(r"(<!-- throughput -->\n).*?(<!-- /throughput -->)", re.DOTALL)
@@ -61,6 +64,7 @@ def main() -> int:
         old = path.read_text(encoding="utf-8")
         new = TAU.sub(lambda found: found[1] + table(RESULTS / found[2]) + found[3], old)
         new = BENCH.sub(lambda found: found[1] + bench(found[2].split(",")) + found[3], new)
+        new = OVERALL.sub(lambda found: found[1] + bench([found[2]], in_full=False) + found[3], new)
         new = RUNS.sub(lambda found: found[1] + runs(found[2].split(",")) + found[3], new)
         new = EVALUATIONS.sub(lambda found: found[1] + evaluations(found[2]) + found[3], new)
         new = SPEED.sub(lambda found: found[1] + speed(RESULTS / "speed" / found[2]) + found[3], new)
@@ -109,13 +113,16 @@ def table(folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def bench(names: list[str]) -> str:
-    """A benchmark run overall and by task; of several, speed-up and tau of each method side by side."""
+def bench(names: list[str], *, in_full: bool = True) -> str:
+    """A benchmark run overall and, ``in_full``, against other engines and by task; of several runs, speed-up and tau of
+    each method side by side, and the speeds predicted where costs were measured."""
     found = []
     for name in names:
         results = read_results(RESULTS / name / "results.jsonl.gz")
         found.append(find(results, compare(results)))
-    if len(found) == 1:
+    if not in_full:
+        tables = [overall_table(found[0])]
+    elif len(found) == 1:
         tables = [
             overall_table(found[0]),
             engines_table(found[0]),
@@ -123,7 +130,7 @@ def bench(names: list[str]) -> str:
             by_task_table(found[0], "Tau by task", "mean_acceptance_length"),
         ]
     else:
-        tables = [side_by_side(found)]
+        tables = [side_by_side(found), *map(prediction_table, found)]
     parts = [part for table in tables if table.rows for part in (f"{table.caption}:", table.markdown())]
     notes = [line for one in found for line in (*ratio_lines(one), conditions(one.results))]
     return "\n\n".join([*parts, *notes]) + "\n"

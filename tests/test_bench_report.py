@@ -156,10 +156,10 @@ def test_page_fits_a_browser(tmp_path, width):
     page.write_text(text.replace("</body>", told), encoding="utf-8")
     frame = tmp_path / "frame.html"  # a window has a least width, a frame has not
     frame.write_text(
-        f'<title></title><iframe src="report.html" width="{width}" height="3000" frameborder="0"></iframe>'
+        f'<title></title><iframe src="report.html" width="{width}" height="6000" frameborder="0"></iframe>'
     )
     command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
-    command += [f"--user-data-dir={tmp_path / 'browser'}", f"--window-size={width + 100},3000"]
+    command += [f"--user-data-dir={tmp_path / 'browser'}", f"--window-size={width + 100},6000"]
     command += [f"--screenshot={tmp_path / 'page.png'}", "--dump-dom", frame.as_uri()]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     window, content = re.search(r"<title>(\d+),(\d+)</title>", run.stdout).groups()

@@ -20,6 +20,10 @@ def draw(findings: Findings) -> dict[str, str]:
     shown = {name: findings.overall[name] for name in _fastest(findings)}
     speculative = {name: found for name, found in shown.items() if found.mean_accepted_drafts}
     charts = {}
+    if rates := {name: found.tokens_per_second for name, found in shown.items() if found.tokens_per_second}:
+        bars = [Bars("tokens", list(rates.values()))]
+        label = "all tokens over all seconds, prompts included"
+        charts["speed"] = bar_chart("speed", "Tokens per second", label, list(rates), bars, digits=1)
     for field, title, label in FIELDS:
         if bars := _by_task(findings, [name for name in shown if name in findings.speculative], field):
             key, mark = field.replace("_", "-"), 1.0 if field == "speedup" else None

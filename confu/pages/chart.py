@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from html import escape
 
 # Contrast with the background is 4.5 or more in either scheme; a dash pattern says the same without colour.
-LIGHT = ("#0065a3", "#b34700", "#00734f", "#9b2d7f", "#7a5900", "#5b5b5b")
-DARK = ("#62b5f0", "#ff9c63", "#3fcf9f", "#ef9ad6", "#e3bf4b", "#b5b5b5")
+LIGHT = ("#0065a3", "#b34700", "#00734f", "#9b2d7f", "#7a5900", "#5b5b5b", "#b3263a")
+DARK = ("#62b5f0", "#ff9c63", "#3fcf9f", "#ef9ad6", "#e3bf4b", "#b5b5b5", "#ff8f96")
 DASHES = ("none", "7 3", "2 3", "9 3 2 3")
-MAX_SERIES = 12  # from here on colour and dash repeat together
+MAX_SERIES = 12  # more than that nobody can tell apart
 
 WIDTH, LEFT, RIGHT, TOP, PLOT_HEIGHT, LINE = 380, 44, 14, 34, 190, 18
 CHARACTER = 7.2  # width of a character of the 12 px type, on the wide side
