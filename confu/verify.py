@@ -63,17 +63,38 @@ class Sampler:
     def draw(
         self, logits: Float[Tensor, "B N V"], tree: Tree, seen: Bool[Tensor, "B V"] | None = None
     ) -> Int[Tensor, "B N"]:
-        """One token for every node. ``seen`` marks the tokens of each prefix, for the repetition penalty; every node
-        adds its own ancestors to it."""
+        """One token for every node that `walk` can come to; others hold any token, or -1. ``seen`` marks the tokens of
+        each prefix, for the repetition penalty; every node adds its own ancestors to it.
+
+        On a CPU a node draws when its turn comes, which for most it never does; elsewhere all draw at once, without
+        waiting for the device."""
         if seen is not None:
             logits = penalise(logits, tree, seen, self.config.repetition_penalty)
         if self.config.temperature == 0:
             return logits.max(dim=-1).indices  # a third of argmax's time on a CPU
-        probs = self.probabilities(logits)
-        uniform = torch.zeros(probs.shape[:2], dtype=torch.float64)
+        uniform = torch.zeros(tree.tokens.shape, dtype=torch.float64)
         for row, count, generator in zip(uniform, tree.valid.sum(1).tolist(), self.generators, strict=True):
             row[:count] = torch.rand(count, generator=generator, dtype=torch.float64)  # padding draws nothing
-        return invert_cdf(probs, uniform.to(probs.device))
+        if logits.device.type == "cpu":
+            return self._draw_on_path(logits, tree, uniform)
+        return invert_cdf(self.probabilities(logits), uniform.to(logits.device))
+
+    def _draw_on_path(
+        self, logits: Float[Tensor, "B N V"], tree: Tree, uniform: Float[Tensor, "B N"]
+    ) -> Int[Tensor, "B N"]:
+        drawn = torch.full_like(tree.tokens, -1)
+        edges = zip(tree.parents.tolist(), tree.tokens.tolist(), tree.valid.tolist(), strict=True)
+        for row, (parents, tokens, valid) in enumerate(edges):
+            children = {
+                edge: node for node, edge in enumerate(zip(parents, tokens, strict=True)) if node and valid[node]
+            }
+            node: int | None = 0
+            while node is not None:
+                at = slice(row, row + 1), slice(node, node + 1)
+                token = int(invert_cdf(self.probabilities(logits[at]), uniform[at]))
+                drawn[row, node] = token
+                node = children.get((node, token))
+        return drawn
 
     def probabilities(self, logits: Float[Tensor, "B N V"]) -> Float[Tensor, "B N V"]:
         """The warped distribution p: temperature, top-k, top-p, min-p, in transformers' order."""

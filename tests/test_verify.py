@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from confu import generate
+from confu import verify
 from confu.config import SamplingConfig, TreeConfig
 from confu.generate import Decoder
 from confu.tree import Tree, chain, from_parents
-from confu.verify import Sampler, Walk, invert_cdf, penalise, walk
+from confu.verify import Sampler, invert_cdf, penalise, walk
 
 
 @st.composite
@@ -220,15 +220,32 @@ def test_answers_follow_the_targets_law(target8, model8, drafters8, method, temp
     assert fits(counts, exact_law(model8, temperature, top_p)) > 1e-4
 
 
-def test_a_biased_walk_breaks_the_law(target8, model8, drafters8, monkeypatch):
-    """The chi-square above can fail: a walk that now and then steps into a child nobody drew is found out."""
+def test_a_biased_draw_breaks_the_law(target8, model8, drafters8, monkeypatch):
+    """The chi-square above can fail: a draw that now and then takes the likeliest token is found out."""
 
-    def biased(tree: Tree, drawn: torch.Tensor) -> Walk:
-        if tree.tokens.shape[1] > 1:  # node 1 is always a child of the root
-            lucky = torch.arange(len(drawn)) % 10 == 0
-            drawn[:, 0] = torch.where(lucky, tree.tokens[:, 1], drawn[:, 0])
-        return walk(tree, drawn)
+    def biased(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        return torch.where(uniform < 0.1, probs.argmax(-1), invert_cdf(probs, uniform))
 
-    monkeypatch.setattr(generate, "walk", biased)
+    monkeypatch.setattr(verify, "invert_cdf", biased)
     counts = sampled(target8, drafters8["confu"], 1.0, 1.0)
     assert fits(counts, exact_law(model8, 1.0, 1.0)) < 1e-6
+
+
+@settings(max_examples=30)
+@given(tree=trees(num_tokens=4), seed=st.integers(0, 99))
+def test_only_what_is_walked_is_drawn_and_as_if_all_were(tree, seed):
+    """On a CPU a node draws when the walk comes to it: the walk is that over draws for all nodes at once."""
+    batch, num_nodes = tree.tokens.shape
+    logits = torch.randn(batch, num_nodes, 4, generator=torch.Generator().manual_seed(seed))
+    config = SamplingConfig(temperature=0.8, seed=seed)
+    drawn = Sampler(config, batch).draw(logits, tree)
+    uniform = torch.zeros(batch, num_nodes, dtype=torch.float64)
+    for b in range(batch):
+        count = int(tree.valid[b].sum())
+        generator = torch.Generator().manual_seed(seed + b)
+        uniform[b, :count] = torch.rand(count, generator=generator, dtype=torch.float64)
+    everywhere = invert_cdf((logits / 0.8).softmax(-1), uniform)
+    ours, theirs = walk(tree, drawn), walk(tree, everywhere)
+    assert ours.counts == theirs.counts
+    assert torch.equal(ours.bonus, theirs.bonus)
+    assert (drawn >= 0).sum(1).tolist() == ours.counts
