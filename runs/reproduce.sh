@@ -5,8 +5,9 @@
 #   RUNS="t0 t0.7" runs/reproduce.sh
 #
 # Interrupted, it goes on where it was; a larger LIMIT adds to what is there. Environment: LIMIT questions of Spec-Bench
-# (10 a task by default; SWEEP_LIMIT of the sweep), QUESTIONS its file (fetched without), DRAFTS to compare, PEERS of the
-# run `tuned` as options of confu bench, RUNS to do, OUT for what is not committed.
+# (60 by default, 10 a task; SWEEP_LIMIT of the sweep, 12), NEW_TOKENS of an answer at most (256), QUESTIONS its file
+# (fetched without), DRAFTS to compare, PEERS of the run `tuned` as options of confu bench, RUNS to do, OUT for what is
+# not committed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bin=${BIN:-.venv/bin}
@@ -14,7 +15,7 @@ out=${OUT:-out/bench}
 read -ra drafts <<< "${DRAFTS:-smollm2-135m-eagle3 smollm2-135m-confu}"
 read -ra peers <<< "${PEERS:---peer transformers}"
 read -ra runs <<< "${RUNS:-tuned t0 t0.7 t1.0 float32 sweep}"
-common=("${drafts[@]}" ${QUESTIONS:+--questions "$QUESTIONS"})
+common=("${drafts[@]}" --max-new-tokens "${NEW_TOKENS:-256}" ${QUESTIONS:+--questions "$QUESTIONS"})
 
 for run in "${runs[@]}"; do
     limit=${LIMIT:-60}
