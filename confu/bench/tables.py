@@ -220,14 +220,15 @@ def conditions(results: Results) -> str:
         tree += "trees as named, "
     elif any(facts["kind"] not in (PLAIN, "lookup") for facts in trees if "costs" not in facts):
         tree += "".join("{} nodes, depth {}, top-k {}, ".format(*s) for s in shapes)
+    rounded = f" rounded to {run['quantization']}" if run.get("quantization") else ""
     repeats = f", {run['repeats']} repeats" if run["repeats"] > 1 else ""
     turns = len({(row["question"], row["turn"]) for row in results.rows})
     version = f"commit {commit['commit'][:10]}" if commit["commit"] else f"version {machine['confu']}"
     return (
         f"{len({row['question'] for row in results.rows})} questions ({turns} turns) of {run['suite']}{repeats}, "
-        f"{run['target']} in {run['dtype']}, temperature {run['temperature']:g}, at most {run['max_new_tokens']} new "
-        f"tokens, {tree}batch {run['batch_size']}, seed {run['seed']}; {machine['cpu']}, {machine['threads']} "
-        f"threads, {run['device']}, torch {machine['torch']}, transformers {machine['transformers']}, "
+        f"{run['target']} in {run['dtype']}{rounded}, temperature {run['temperature']:g}, at most "
+        f"{run['max_new_tokens']} new tokens, {tree}batch {run['batch_size']}, seed {run['seed']}; "
+        f"{machine['cpu']}, {machine['threads']} threads, {run['device']}, torch {machine['torch']}, transformers {machine['transformers']}, "
         f"{version}{' (modified)' if commit['modified'] else ''}, {run['date']}."
     )
 
