@@ -228,8 +228,9 @@ def conditions(results: Results) -> str:
         f"{len({row['question'] for row in results.rows})} questions ({turns} turns) of {run['suite']}{repeats}, "
         f"{run['target']} in {run['dtype']}{rounded}, temperature {run['temperature']:g}, at most "
         f"{run['max_new_tokens']} new tokens, {tree}batch {run['batch_size']}, seed {run['seed']}; "
-        f"{machine['cpu']}, {machine['threads']} threads, {run['device']}, torch {machine['torch']}, transformers {machine['transformers']}, "
-        f"{version}{' (modified)' if commit['modified'] else ''}, {run['date']}."
+        f"{machine['cpu']}, {machine['threads']} threads, {run['device']}, torch {machine['torch']}, "
+        f"transformers {machine['transformers']}, {version}{' (modified)' if commit['modified'] else ''}, "
+        f"{run['date']}."
     )
 
 
