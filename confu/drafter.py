@@ -211,9 +211,9 @@ class TreeDrafter:
         attended = attend(queries, keys, values, self._mask(state, reach))
         return draft.finish(hidden, attended)
 
-    def _mask(self, state: TreeState, rows: Tensor) -> Tensor:
-        everyone = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
-        return state.cache.row_mask(rows, with_soft=everyone if state.has_slot else False)
+    def _mask(self, state: TreeState, reach: Tensor) -> Tensor:
+        everyone = torch.ones(reach.shape[:2], dtype=torch.bool, device=reach.device)
+        return state.cache.row_mask(reach, with_soft=everyone if state.has_slot else False)
 
     def _children(
         self, state: TreeState, out: Float[Tensor, "B R D"], step: int, topk: int
