@@ -18,6 +18,7 @@ from confu.training.track import TRACKERS
 T = TypeVar("T")
 
 FUTURE_FORMS = ("row", "kv", "input", "head")
+ROUTERS = ("state", "token")
 """How f enters the draft (METHOD 8, docs/training.md): a row of its own, keys and values projected from it, a third
 input of every row, or an addition to what the head reads."""
 
@@ -218,6 +219,8 @@ class DraftConfig:
     """Draft rows that one future prediction serves (l)."""
     future_form: str = "row"
     """How f enters the draft: ``row``, ``kv``, ``input`` or ``head`` (ConFu; see `DraftModel`)."""
+    router: str = "state"
+    """What chooses the experts of [con]: ``state`` (h of the latest accepted token) or ``token`` (the one followed)."""
     future_steps: int = 0
     """Places behind its anchor for which the head reads f by weights of their own (form ``head``)."""
     vocabulary_fingerprint: str = ""
@@ -233,11 +236,13 @@ class DraftConfig:
                 f"draft_vocab_size is {self.draft_vocab_size}, more than the target's {self.vocab_size} tokens."
             )
         if self.method == "confu":
-            for name in ("num_soft_prompts", "num_experts", "top_experts", "replication"):
+            for name in ("num_experts", "top_experts", "replication"):
                 _at_least(self, name, 1)
+            _at_least(self, "num_soft_prompts", 0)
             if self.top_experts > self.num_experts:
                 raise ValueError(f"top_experts is {self.top_experts}, more than the {self.num_experts} experts.")
         _one_of(self, "future_form", FUTURE_FORMS)
+        _one_of(self, "router", ROUTERS)
         if self.method == "confu" and self.future_form == "head":
             _at_least(self, "future_steps", 1)
 
@@ -247,7 +252,7 @@ class DraftConfig:
 
 
 CONFU_SETTINGS = (
-    *("num_soft_prompts", "num_experts", "top_experts", "replication", "max_router_lag", "future_form"),
+    *("num_soft_prompts", "num_experts", "top_experts", "replication", "max_router_lag", "future_form", "router"),
     *("lr_prompts", "lr_experts"),
 )
 """Fields of a recipe that an eagle3 run does not read."""
@@ -304,8 +309,10 @@ class TrainConfig:
     """Rows served by one anchor (l); about one anchor in l rows is drawn."""
     future_form: str = "head"
     """How f enters the draft: ``row``, ``kv``, ``input`` or ``head``."""
+    router: str = "state"
+    """What chooses the experts of [con]: ``state`` (h of the latest accepted token) or ``token`` (the one followed)."""
     max_router_lag: int = 7
-    """An anchor is routed by the state of a position 1 to this many steps before it."""
+    """With ``router`` state, an anchor is routed by a position 1 to this many steps before it."""
     seed: int = 0
     """Seed of data order, anchors and new weights."""
     dtype: str = "bfloat16"
@@ -352,8 +359,9 @@ class TrainConfig:
             "log_every",
         ):
             _at_least(self, name, 1)
-        for name in ("num_soft_prompts", "num_experts", "top_experts", "replication", "max_router_lag"):
+        for name in ("num_experts", "top_experts", "replication", "max_router_lag"):
             _at_least(self, name, 1)
+        _at_least(self, "num_soft_prompts", 0)
         _at_least(self, "max_length", 8)
         for name in ("lr", "lr_prompts", "lr_experts", "clip"):
             if not 0 < getattr(self, name) < float("inf"):
@@ -362,6 +370,7 @@ class TrainConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number from 0 to 1.")
         _one_of(self, "future_form", FUTURE_FORMS)
+        _one_of(self, "router", ROUTERS)
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype is {self.dtype!r}; train in 'bfloat16' or 'float32'.")
         if self.top_experts > self.num_experts:

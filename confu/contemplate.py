@@ -43,7 +43,8 @@ class Contemplation(nn.Module):
         soft = (config.num_target_layers, heads, config.num_soft_prompts, head_dim or config.head_dim)
         self.soft_keys = nn.Parameter(torch.zeros(soft))
         self.soft_values = nn.Parameter(torch.zeros(soft))
-        self.con = Mixture(3 * width, width, experts, top)
+        self.by_token = config.router == "token"
+        self.con = Mixture(width if self.by_token else 3 * width, width, experts, top)
         form = config.future_form
         if form == "row":
             self.future = Mixture(width, width, experts, top)
@@ -53,6 +54,11 @@ class Contemplation(nn.Module):
             self.future_fc = nn.Linear(3 * width, width, bias=False)
         else:
             self.future_heads = nn.Parameter(torch.zeros(config.future_steps, width, 3 * width))
+
+    def con_rows(self, state: Float[Tensor, "B R D3"], followed: Float[Tensor, "B C D"]) -> Float[Tensor, "B Rc D"]:
+        """Embeddings of contemplate rows, routed by h of the latest accepted token (``state``: one for all rows of a
+        sequence, or one each), or by the embedding of the token that each row follows."""
+        return self.con(followed if self.by_token else state).to(followed.dtype)
 
 
 def tree_rows_mask(ancestors: Bool[Tensor, "B N N"], con_nodes: Int[Tensor, "B C"]) -> Bool[Tensor, "B N+C N+C"]:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from confu.cache import KVCache
 from confu.contemplate import Contemplation, tree_rows_mask
 from confu.forward import Forward, ModelForward
-from confu.tree import Tree
+from confu.tree import Tree, take
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 """Rotary embeddings that a draft's layer can have."""
@@ -191,13 +191,13 @@ class Target:
 
         assert router_state is not None
         con_nodes = tree.most_probable(num_con)
-        con = contemplation.con(router_state).to(embeddings.dtype)[:, None].expand(-1, con_nodes.shape[1], -1)
+        con = contemplation.con_rows(router_state[:, None], take(embeddings, con_nodes))
         con_positions = (positions.gather(1, con_nodes) + 1).clamp(max=self.max_positions - 1)
         rows = tree_rows_mask(tree.ancestors, con_nodes)
         is_con = torch.arange(rows.shape[1], device=self.device).expand(rows.shape[:2]) >= num_nodes
         cache.open_rows(rows.shape[1], with_soft=True)
         logits, states = self.forward_rows(
-            torch.cat([embeddings, con], dim=1),
+            torch.cat([embeddings, con.expand(-1, con_nodes.shape[1], -1)], dim=1),
             torch.cat([positions, con_positions], dim=1),
             cache.row_mask(rows, with_soft=is_con),
             cache,

@@ -52,12 +52,14 @@ def build_draft(model: LlamaForCausalLM, method: str, *, draft_vocab_size: int |
     """A random draft; contemplation weights as large as they can leak, norm weights away from one.
 
     ``method``: eagle3, confu (f as a row), or confu-kv, confu-input, confu-head; eagle3-residual has a normed residual.
+    Two of them stand for other variants, too: confu-kv is routed by tokens, confu-input has no soft prompts.
     """
     method, _, form = method.partition("-")
     vocab_size = model.config.vocab_size
     draft_vocab_size = draft_vocab_size or vocab_size
     confu = {
-        "num_soft_prompts": 3,
+        "num_soft_prompts": 0 if form == "input" else 3,
+        "router": "token" if form == "kv" else "state",
         "num_experts": 5,
         "top_experts": 2,
         "replication": 8,
@@ -221,6 +223,11 @@ def mixture(module, state):
     return sum(gates[e] / total * module.experts[e] for e in best)
 
 
+def routed_by(model, contemplation, token: int, router_state):
+    """The state given, or the embedding of the token that a contemplate row follows."""
+    return model.get_input_embeddings().weight[token] if contemplation.by_token else router_state
+
+
 def contemplate(model, contemplation, tokens: tuple[int, ...], router_state):
     """f of the last of ``tokens``: the contemplate row alone, over a cache filled by hand with the soft prompts before
     the keys and values of the literal path."""
@@ -229,7 +236,7 @@ def contemplate(model, contemplation, tokens: tuple[int, ...], router_state):
     for layer in range(model.config.num_hidden_layers):
         soft = contemplation.soft_keys[layer][None], contemplation.soft_values[layer][None]
         cache.update(torch.cat([soft[0], keys[layer][None]], 2), torch.cat([soft[1], values[layer][None]], 2), layer)
-    con = mixture(contemplation.con, router_state)
+    con = mixture(contemplation.con, routed_by(model, contemplation, tokens[-1], router_state))
     position = torch.tensor([[len(tokens)]])  # the position of the last token, plus one
     _, f = _run(model, inputs_embeds=con[None, None], position_ids=position, past_key_values=cache)
     return f[0]

@@ -131,7 +131,7 @@ def test_out_of_range_is_refused_and_named(cls, values):
         ({"method": "medusa"}, "'eagle3' or 'confu'"),
         ({"draft_vocab_size": 300, "vocab_size": 64}, "more than the target's 64 tokens"),
         ({"top_experts": 6, "num_experts": 4}, "more than the 4 experts"),
-        ({"num_soft_prompts": 0}, "num_soft_prompts is 0; give 1 or more"),
+        ({"num_soft_prompts": -1}, "num_soft_prompts is -1; give 0 or more"),
         ({"head_dim": 0}, "head_dim is 0; give 1 or more"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from naive import FEATURE_LAYERS, METHODS, NaiveDraft, read
+from naive import FEATURE_LAYERS, METHODS, NaiveDraft, read, routed_by
 from tiny_data import byte_tokenizer, tiny_draft
 from transformers import DynamicCache
 
@@ -188,7 +188,7 @@ def soft_contemplate(model, contemplation, tokens: list[int], router_state) -> t
             torch.cat([contemplation.soft_values[layer][None], values[layer][None]], dim=2),
             layer,
         )
-    con = contemplation.con
+    con, router_state = contemplation.con, routed_by(model, contemplation, tokens[-1], router_state)
     direction = router_state / math.sqrt(router_state.square().mean().item() + 1e-6)
     gates = (con.router.weight @ direction).softmax(0)
     best = sorted(range(len(gates)), key=lambda e: -gates[e].item())[: con.top_experts]
@@ -227,7 +227,7 @@ def test_contemplate_is_one_row_alone_behind_its_prefix(model, target):
     features, _ = target.teach(tokens, cache)
     prefix = PrefixCache(cache, ours.contemplation.soft_keys, ours.contemplation.soft_values)
     anchors = Anchors(position, router, torch.zeros(2, 1, dtype=torch.int64))
-    f = objective.contemplate(target, ours.contemplation, prefix, features, anchors)
+    f = objective.contemplate(target, ours.contemplation, prefix, tokens, features, anchors)
     (f * weights).sum().backward()
 
     for b in range(2):
@@ -441,7 +441,7 @@ def test_gradients_reach_every_weight_of_the_draft_and_none_of_the_target(model,
     losses(draft, target, BATCH, ttt_steps=3, step_decay=0.8, generator=generator).total.backward()
     for name, weight in draft.named_parameters():
         assert weight.grad is not None, name
-        assert weight.grad.abs().max() > 0, name
+        assert weight.grad.any() or not weight.numel(), name  # confu-input has no soft prompts
     assert all(p.grad is None for p in model.parameters())
 
 

@@ -209,7 +209,7 @@ class _Walk:
         new = (rows <= last[:, None]) & (rows < self.tokens.shape[1])
         rows = rows.clamp(max=self.tokens.shape[1] - 1)
         anchors = Anchors(rows, router.clamp(min=0)[:, None].expand(rows.shape), rows)
-        states = contemplate(self.target, self.draft.contemplation, self.prefix, self.features, anchors)
+        states = contemplate(self.target, self.draft.contemplation, self.prefix, self.tokens, self.features, anchors)
         sequence, place = new.nonzero(as_tuple=True)
         self.future.states[sequence, rows[sequence, place]] = states[sequence, place]
         self.future.anchors.served_by[sequence, rows[sequence, place]] = rows[sequence, place]

@@ -20,7 +20,7 @@ def attend_merged(
 ) -> Float[Tensor, "B H Q head"]:
     """Row q attends to the shared keys 0 .. index[q] and to its own key and value of each ``own`` entry, where that is
     visible. The entries of ``index`` are distinct within a sequence."""
-    if queries.device.type != "cpu":
+    if queries.device.type not in FUSED:
         return attend_masked(queries, keys, values, index, own)
     if not own:
         empty = keys.new_zeros(0, *queries.shape[:1], keys.shape[1], *queries.shape[2:])
@@ -37,8 +37,8 @@ def attend_masked(
     index: Int[Tensor, "B Q"],
     own: list[tuple[Float[Tensor, "B G Q head"], Float[Tensor, "B G Q head"], Bool[Tensor, "B Q"] | None]],
 ) -> Float[Tensor, "B H Q head"]:
-    """The same by plain differentiable operations that form all scores: for devices without the kernel below, and
-    the reference of the tests."""
+    """The same by plain differentiable operations that form all scores: for devices without a fused kernel, and the
+    reference of the tests."""
     _, heads, num_rows, head_dim = queries.shape
     groups = keys.shape[1]
     query = queries.unflatten(1, (groups, heads // groups)) * head_dim**-0.5  # [B, G, rep, Q, head]
@@ -65,9 +65,8 @@ class _Merged(torch.autograd.Function):
     def forward(ctx, queries, keys, values, index, own_keys, own_values, visible):  # type: ignore[override]
         shape = _Shape(queries, keys, index)
         wide_keys, wide_values = shape.repeat(keys), shape.repeat(values)
-        out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            shape.spread(queries), wide_keys, wide_values, 0.0, True
-        )
+        causal = FUSED[queries.device.type]()
+        out, total = causal.forward(shape.spread(queries), wide_keys, wide_values)
         out, total = shape.gather(out), shape.gather(total)  # [B, H, Q, head], [B, H, Q]
         scores = None
         if len(own_keys):
@@ -84,6 +83,7 @@ class _Merged(torch.autograd.Function):
         else:
             weights = total.new_zeros(0)
         ctx.save_for_backward(queries, keys, values, index, own_keys, own_values, out, total, weights)
+        ctx.causal = causal
         return out
 
     @staticmethod
@@ -91,15 +91,13 @@ class _Merged(torch.autograd.Function):
         queries, keys, values, index, own_keys, own_values, out, total, weights = ctx.saved_tensors
         shape = _Shape(queries, keys, index)
         grad_out = grad_out.to(out.dtype)
-        grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad_q, grad_k, grad_v = ctx.causal.backward(
             shape.spread(grad_out),
             shape.spread(queries),
             shape.repeat(keys),
             shape.repeat(values),
             shape.spread(out),
             shape.spread(total),
-            0.0,
-            True,
         )
         grad_q = shape.gather(grad_q)
         grad_k, grad_v = (g.unflatten(1, (shape.groups, -1)).sum(2) for g in (grad_k, grad_v))
@@ -116,6 +114,45 @@ class _Merged(torch.autograd.Function):
             grad_own_keys[place] = (grad_score * grouped_q).sum(2)
             grad_q += (grad_score * key[:, :, None]).flatten(1, 2)
         return grad_q, grad_k, grad_v, None, grad_own_keys, grad_own_values, None
+
+
+class _CpuKernel:
+    """Causal attention that returns its log-sum-exp, and the gradients that belong to a given one."""
+
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, 0.0, True)
+
+    def backward(
+        self, grad_out: Tensor, queries: Tensor, keys: Tensor, values: Tensor, out: Tensor, total: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out, queries, keys, values, out, total, 0.0, True
+        )
+
+
+class _CudaKernel:
+    """The same on CUDA, in all types. Its log-sum-exp has more places than there are rows; what fills them must be kept
+    for the backward kernel."""
+
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        out, self.total, *self.random = torch.ops.aten._scaled_dot_product_efficient_attention(
+            queries, keys, values, None, True, 0.0, True
+        )
+        return out, self.total[..., : queries.shape[2]]
+
+    def backward(
+        self, grad_out: Tensor, queries: Tensor, keys: Tensor, values: Tensor, out: Tensor, total: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        padded = self.total.clone()
+        padded[..., : queries.shape[2]] = total
+        wanted = [True, True, True, False]
+        grads = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+            grad_out, queries, keys, values, None, out, padded, *self.random, 0.0, wanted, True
+        )
+        return grads[:3]
+
+
+FUSED = {"cpu": _CpuKernel, "cuda": _CudaKernel}
 
 
 class _Shape:

@@ -160,7 +160,7 @@ def losses(
         )
         states = contemplate(target, draft.contemplation, PrefixCache(
             cache, draft.contemplation.soft_keys, draft.contemplation.soft_values
-        ), features, anchors)  # fmt: skip
+        ), tokens, features, anchors)  # fmt: skip
         future = Future(states, anchors)
 
     valid = rows.supervised[0]
@@ -174,12 +174,14 @@ def contemplate(
     target: Target,
     contemplation: Contemplation,
     prefix: PrefixCache,
+    tokens: Int[Tensor, "B T"],
     features: Float[Tensor, "B T D3"],
     anchors: Anchors,
 ) -> Float[Tensor, "B A D4"]:
     """f of every anchor: one row each, behind the soft prompts and the prefix up to the anchor, through the frozen
     layers with gradient. Anchors do not see each other."""
-    con = contemplation.con(take(features, anchors.router)).to(features.dtype)
+    followed = target.embed(tokens.gather(1, anchors.position))
+    con = contemplation.con_rows(take(features, anchors.router), followed)
     batch, num_anchors = anchors.position.shape
     num_soft = prefix.soft_keys.shape[2]
     device = features.device
@@ -271,11 +273,10 @@ def _distil(
 class HeadCrossEntropy(torch.autograd.Function):
     """Sum over rows of the cross entropy -sum_u p[u] log softmax(x W^T)[u], and how many rows have p's argmax.
 
-    Runs in chunks that stay in the processor's cache and forms the gradient on the way (it is softmax - p), so the
-    [R, U] logits never exist as a whole.
+    Runs in chunks and forms the gradient on the way (it is softmax - p), so the [R, U] logits never exist as a whole.
     """
 
-    CHUNK = 512
+    CPU_CHUNK, CHUNK = 512, 8192  # rows whose logits stay in a processor's cache; rows that fill a GPU
 
     @staticmethod
     def forward(ctx, x, weight, p, best, taught_by):  # type: ignore[override]
@@ -285,8 +286,9 @@ class HeadCrossEntropy(torch.autograd.Function):
         grad_w = torch.zeros_like(weight)
         total = torch.zeros((), device=x.device)
         hits = torch.zeros((), device=x.device)
-        for first in range(0, len(x), HeadCrossEntropy.CHUNK):
-            piece = slice(first, first + HeadCrossEntropy.CHUNK)
+        chunk = HeadCrossEntropy.CPU_CHUNK if x.device.type == "cpu" else HeadCrossEntropy.CHUNK
+        for first in range(0, len(x), chunk):
+            piece = slice(first, first + chunk)
             logits = (narrow_x[piece] @ narrow_w.T).float()
             hits += (logits.argmax(-1) == best[taught_by[piece]]).sum()
             log_q = logits.log_softmax(dim=-1)

@@ -38,7 +38,7 @@ def overruled(config: TrainConfig, draft: DraftModel) -> list[str]:
     """A sentence when the draft that a run goes on from has other sizes than the recipe says: the draft's count."""
     if draft.contemplation is None:
         return []
-    names = ("num_soft_prompts", "num_experts", "top_experts", "replication", "future_form")
+    names = ("num_soft_prompts", "num_experts", "top_experts", "replication", "future_form", "router")
     differing = [name for name in names if getattr(config, name) != getattr(draft.config, name)]
     said = ", ".join(f"{name} {getattr(draft.config, name)} (not {getattr(config, name)})" for name in differing)
     return [f"The draft to go on from keeps its {said}."] if said else []
@@ -90,6 +90,7 @@ def confu_config(config: TrainConfig, source: DraftConfig) -> DraftConfig:
         top_experts=config.top_experts,
         replication=config.replication,
         future_form=config.future_form,
+        router=config.router,
         future_steps=config.ttt_steps if config.future_form == "head" else 0,
     )
 
@@ -137,12 +138,12 @@ def add_contemplation(source: DraftModel, config: TrainConfig, target: Target, c
     frequent = corpus.token_counts(target.vocab_size).argsort(descending=True, stable=True)[:1000]
     assert draft.contemplation is not None
     with torch.no_grad():
-        cache = target.new_cache(1, config.num_soft_prompts)
-        answer = corpus.documents[0]
-        tokens = answer.tokens[answer.spans > 0].repeat(config.num_soft_prompts)[: config.num_soft_prompts]
-        target.prefill(cache, tokens[None].to(target.device), [config.num_soft_prompts])
-        draft.contemplation.soft_keys.copy_(cache.keys[:, 0])
-        draft.contemplation.soft_values.copy_(cache.values[:, 0])
+        if count := config.num_soft_prompts:
+            cache, answer = target.new_cache(1, count), corpus.documents[0]
+            tokens = answer.tokens[answer.spans > 0].repeat(count)[:count]
+            target.prefill(cache, tokens[None].to(target.device), [count])
+            draft.contemplation.soft_keys.copy_(cache.keys[:, 0])
+            draft.contemplation.soft_values.copy_(cache.values[:, 0])
         for mixture in (m for m in draft.contemplation.modules() if isinstance(m, Mixture)):
             picked = frequent[torch.randperm(len(frequent), generator=generator)[: config.num_experts]]
             experts = target.embed(picked.to(target.device)).float().cpu()
