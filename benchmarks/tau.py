@@ -25,7 +25,7 @@ import transformers
 
 from confu.config import SamplingConfig, TreeConfig
 from confu.generate import Decoder
-from confu.info import checkout
+from confu.info import checkout, device_name
 from confu.load import encode_chat, load_decoder
 from confu.stats import Stats
 from confu.target import Target, Verified
@@ -107,7 +107,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         "prompts_sha256": hashlib.sha256(Path(args.prompts).read_bytes()).hexdigest(),
         "commit": commit,
         "dirty": dirty,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.device}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {device_name(args.device)}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
