@@ -29,7 +29,7 @@ class Mixture(nn.Module):
         state = state.float() * torch.rsqrt(state.float().square().mean(-1, keepdim=True) + 1e-6)
         scores = nn.functional.linear(state, self.router.weight.float())
         best, index = scores.topk(self.top_experts, dim=-1)
-        weights = torch.zeros_like(scores).scatter(-1, index, best.softmax(dim=-1))
+        weights = torch.zeros_like(scores).scatter(-1, index, best.softmax(dim=-1).to(scores.dtype))
         return (weights @ self.experts.float()).to(self.experts.dtype)
 
 

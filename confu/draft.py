@@ -261,7 +261,7 @@ def attend(
     folded = queries.reshape(batch, groups, heads // groups * rows, head_dim)
     mask = mask[:, None].repeat(1, 1, heads // groups, 1)
     out = nn.functional.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
-    return out.view(batch, heads, rows, head_dim)
+    return out.reshape(batch, heads, rows, head_dim)
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

@@ -134,7 +134,7 @@ class _Layer:
             # The query heads of a group become rows, so that keys and values are never repeated.
             folded = queries.reshape(batch, self.num_groups, -1, self.head_dim)
             attended = scaled_dot_product_attention(folded, keys, values, attn_mask=bias)
-            attended = attended.view(batch, self.num_heads, num_rows, self.head_dim)
+            attended = attended.reshape(batch, self.num_heads, num_rows, self.head_dim)
         attended = self.out(attended.transpose(1, 2).flatten(2))
         between, normed = rows().add_norm(hidden, attended, self.mlp_norm, self.eps)
         return hidden, between, self.down(rows().gate(self.gate_up(normed)))

@@ -132,7 +132,7 @@ class _CpuKernel:
 
 class _CudaKernel:
     """The same on CUDA, in all types. Its log-sum-exp has more places than there are rows; what fills them must be kept
-    for the backward kernel."""
+    for the backward kernel, which also takes it for granted that heads lie inside rows in the memory of ``out``."""
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         out, self.total, *self.random = torch.ops.aten._scaled_dot_product_efficient_attention(
@@ -146,6 +146,7 @@ class _CudaKernel:
         padded = self.total.clone()
         padded[..., : queries.shape[2]] = total
         wanted = [True, True, True, False]
+        grad_out, out = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (grad_out, out))
         grads = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
             grad_out, queries, keys, values, None, out, padded, *self.random, 0.0, wanted, True
         )

@@ -119,7 +119,7 @@ def draw_anchors(
     in_reach = (distance >= 0) & (distance < replication)
     latest = torch.where(in_reach, distance, replication).min(dim=2)
     counts = torch.zeros(batch, num_tokens, dtype=torch.bool, device=device)
-    counts.scatter_reduce_(1, rows.index, valid, "amax")
+    counts.scatter_(1, rows.index, valid)  # which all differ
     served_by = torch.where(counts & (latest.values < replication), latest.indices, -1)
     return Anchors(position, (position - lag).clamp(min=0), served_by)
 
@@ -248,7 +248,7 @@ def _distil(
     """KL(target || draft) over the draft vocabulary, summed over steps with decay, per supervised token."""
     log_p = teacher.float().log_softmax(dim=-1)
     p = log_p.exp()
-    negative_entropy = torch.linalg.vecdot(p, log_p)
+    negative_entropy = (p * log_p).sum(-1)  # vecdot would be in bfloat16 here
     best = p.argmax(-1)
     valid = rows.supervised[0]
     total = torch.zeros((), device=teacher.device)
@@ -293,7 +293,7 @@ class HeadCrossEntropy(torch.autograd.Function):
             hits += (logits.argmax(-1) == best[taught_by[piece]]).sum()
             log_q = logits.log_softmax(dim=-1)
             wanted = p[taught_by[piece]]
-            total -= torch.linalg.vecdot(wanted, log_q).sum()
+            total -= (wanted * log_q).sum()
             grad = log_q.exp_().sub_(wanted).to(dtype)
             grad_x[piece] = grad @ narrow_w
             grad_w += grad.T @ narrow_x[piece]
