@@ -163,6 +163,8 @@ def runs(names: list[str]) -> str:
     for quarter in (1, 2, 3, 4):
         for name, rows in reports.items():
             mine = [r for r in rows if last * (quarter - 1) / 4 < r["step"] <= last * quarter / 4]
+            if not mine:  # a short run reports less often
+                continue
             numbers = [(r["loss"], r["kl"][0], r["kl"][3], r["accuracy"][0], r["accuracy"][3]) for r in mine]
             cells = " | ".join(f"{sum(column) / len(column):.3f}" for column in zip(*numbers, strict=True))
             lines.append(f"| {name} | {mine[0]['step']} to {mine[-1]['step']} | {cells} |")
