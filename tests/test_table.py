@@ -72,6 +72,21 @@ def test_runs_are_compared_by_their_reports_alone(table, tmp_path):
     ]
 
 
+def test_a_run_that_was_cut_off_shows_the_quarters_it_has(table, tmp_path):
+    (tmp_path / "results" / "training").mkdir(parents=True)
+    (tmp_path / "results" / "training" / "whole.jsonl").write_text(rows(1.0))
+    short = "".join(line + "\n" for line in rows(2.0).splitlines() if json.loads(line)["step"] == 20)
+    (tmp_path / "results" / "training" / "short.jsonl").write_text(short)
+    (tmp_path / "docs" / "log.md").write_text("<!-- runs:whole,short -->\n<!-- /runs -->\n")
+    assert table.main() == 0
+    lines = (tmp_path / "docs" / "log.md").read_text().splitlines()
+    assert [line.split(" | ")[:2] for line in lines[3:-1]] == [
+        ["| whole", "10 to 10"],
+        ["| whole", "20 to 20"],
+        ["| short", "20 to 20"],
+    ]
+
+
 def test_training_table_lists_every_run_that_is_a_folder(table, tmp_path, monkeypatch):
     add_run(tmp_path / "results", "b-eagle3", {"method": "eagle3", "init": None, "future_form": "row"})
     init = "/home/me/out/b-eagle3/final"
