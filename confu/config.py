@@ -18,9 +18,10 @@ from confu.training.track import TRACKERS
 T = TypeVar("T")
 
 FUTURE_FORMS = ("row", "kv", "input", "head")
-ROUTERS = ("state", "token")
 """How f enters the draft (METHOD 8, docs/training.md): a row of its own, keys and values projected from it, a third
 input of every row, or an addition to what the head reads."""
+ROUTERS = ("state", "token")
+"""What chooses the experts of [con] (METHOD 4)."""
 
 
 @dataclass(frozen=True)
