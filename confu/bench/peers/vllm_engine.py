@@ -15,6 +15,7 @@ def load(settings):
     engine = LLM(
         settings["target"],
         dtype=settings["dtype"],
+        gpu_memory_utilization=0.25,  # of the CPU's memory, too: all engines of a run are loaded at once
         enable_prefix_caching=False,  # nothing of the prompt may be known from the answer before
         speculative_config=drafts and drafts | {"num_speculative_tokens": settings["depth"]},
     )
