@@ -3,6 +3,8 @@ apart by a sentence. Adapters whose package is not ours run against a stand-in f
 
 import json
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -180,3 +182,22 @@ def test_unknown_peers_and_batches_are_refused(bench_run):  # noqa: F811
 def test_a_process_that_ends_at_once_is_missing():
     with pytest.raises(PeerMissing, match="^its process ended$"):
         PeerEngine("/bin/false", PEERS["vllm"][0], SETTINGS)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_what_a_peer_started_ends_with_it(tmp_path, monkeypatch):
+    """vLLM answers through workers, which outlive a process that is merely killed."""
+    package = tmp_path / "vllm" / "__init__.py"
+    package.parent.mkdir()
+    worker = 'str(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"]).pid)'
+    stand_in = STAND_INS["vllm/__init__.py"].replace('"0.1"', worker)
+    package.write_text(f"import subprocess, sys\n{stand_in}")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    engine = PeerEngine(sys.executable, "vllm_engine", SETTINGS | {"target": "t", "variant": "plain", "model": ""})
+    state = Path(f"/proc/{engine.facts['vllm']}/stat")
+    assert state.exists()
+    engine.close()
+    deadline = time.monotonic() + 30
+    while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline, "the worker lives on"
+        time.sleep(0.05)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -60,6 +61,7 @@ class PeerEngine:
                 stderr=self._errors,
                 env=environment,
                 text=True,
+                start_new_session=True,  # whatever it starts (vLLM's workers) ends with it
             )
         except OSError as error:
             raise PeerMissing(f"{python} cannot be run ({error.strerror})") from None
@@ -76,6 +78,9 @@ class PeerEngine:
     def close(self) -> None:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        if hasattr(os, "killpg"):  # not on Windows
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._errors):
