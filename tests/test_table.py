@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -85,6 +86,15 @@ def test_a_run_that_was_cut_off_shows_the_quarters_it_has(table, tmp_path):
         ["| whole", "20 to 20"],
         ["| short", "20 to 20"],
     ]
+
+
+def test_no_marker_of_the_pages_is_left_empty():
+    """A marker whose name no pattern knows would stay without its table, and nobody would notice."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    empty = {
+        page.name: re.findall(r"<!-- ([\w:.,-]+) -->\s*<!-- /", page.read_text(encoding="utf-8")) for page in pages
+    }
+    assert not any(empty.values()), empty
 
 
 def test_training_table_lists_every_run_that_is_a_folder(table, tmp_path, monkeypatch):
