@@ -22,22 +22,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from confu.cache import PrefixCache
 from confu.data.corpus import Batch, Corpus, collate, read_corpus
 from confu.draft import DraftModel
 from confu.info import checkout, device_name
 from confu.load import find_dtype, load_target
 from confu.models import draft_path
 from confu.target import Target
-from confu.training.objective import (
-    Future,
-    Rows,
-    contemplate,
-    draw_anchors,
-    gather_rows,
-    supervised_steps,
-    unroll,
-)
+from confu.training.objective import draw_anchors, foretell, gather_rows, supervised_steps, unroll
 from confu.training.schedule import step_plan
 from confu.tree import take
 
@@ -113,7 +104,10 @@ def _judge_batch(draft: DraftModel, target: Target, batch: Batch, generator: tor
     rows = gather_rows(supervised_steps(batch.spans, STEPS))
     cache = target.new_cache(*tokens.shape) if draft.contemplation else None
     features, final = target.teach(tokens, cache)
-    future = _futures(draft, target, cache, tokens, features, rows, generator)
+    future = None
+    if draft.contemplation is not None:  # an f for every row, as when every node of a tree carries a contemplate row
+        anchors = draw_anchors(rows, width, replication=1, max_router_lag=MOST_LAG, generator=generator)
+        future = foretell(target, draft.contemplation, cache, tokens, features, anchors)
     valid = rows.supervised[0]
     kl, hits = (torch.zeros(rows.supervised.shape, device=target.device) for _ in range(2))
     best = torch.empty(0)
@@ -132,23 +126,6 @@ def _judge_batch(draft: DraftModel, target: Target, batch: Batch, generator: tor
     foreseen[:, 1:], surprising[:, 1:] = among[..., 0] & follows, ~among.any(-1) & follows
     kept = (x[..., valid].cpu() for x in (kl, hits > 0, rows.supervised, foreseen, surprising))
     return Outcome(*kept)
-
-
-def _futures(
-    draft: DraftModel,
-    target: Target,
-    cache,
-    tokens: Tensor,
-    features: Tensor,
-    rows: Rows,
-    generator: torch.Generator,
-) -> Future | None:
-    """An f for every row, as when every node of a tree carries a contemplate row."""
-    if draft.contemplation is None:
-        return None
-    anchors = draw_anchors(rows, tokens.shape[1], replication=1, max_router_lag=MOST_LAG, generator=generator)
-    prefix = PrefixCache(cache, draft.contemplation.soft_keys, draft.contemplation.soft_values)
-    return Future(contemplate(target, draft.contemplation, prefix, tokens, features, anchors), anchors)
 
 
 def parse() -> argparse.Namespace:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from confu.cache import PrefixCache
+from confu.cache import KVCache, PrefixCache
 from confu.contemplate import Contemplation
 from confu.data.corpus import Batch
 from confu.draft import DraftModel
@@ -158,16 +158,26 @@ def losses(
             max_router_lag=max_router_lag,
             generator=generator,
         )
-        states = contemplate(target, draft.contemplation, PrefixCache(
-            cache, draft.contemplation.soft_keys, draft.contemplation.soft_values
-        ), tokens, features, anchors)  # fmt: skip
-        future = Future(states, anchors)
+        future = foretell(target, draft.contemplation, cache, tokens, features, anchors)
 
     valid = rows.supervised[0]
     teachers = take(final, rows.index + 1)[valid]  # [R, D]; flat order is by sequence, then row
     teacher = target.head_rows(teachers, draft.target_ids())  # [R, U]
     read = unroll(draft, target, tokens, features, rows, future)
     return _distil(draft, read, teacher, rows, step_decay, normaliser)
+
+
+def foretell(
+    target: Target,
+    contemplation: Contemplation,
+    cache: KVCache,
+    tokens: Int[Tensor, "B T"],
+    features: Float[Tensor, "B T D3"],
+    anchors: Anchors,
+) -> Future:
+    """The future predictions of these anchors, behind the sequences that ``cache`` holds."""
+    prefix = PrefixCache(cache, contemplation.soft_keys, contemplation.soft_values)
+    return Future(contemplate(target, contemplation, prefix, tokens, features, anchors), anchors)
 
 
 def contemplate(
