@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -247,21 +247,6 @@ def normed_states(future: Float[Tensor, "... D4"], eps: float) -> Float[Tensor, 
     states = future.unflatten(-1, (4, -1))[..., 1:, :].float()
     states = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + eps)
     return states.flatten(-2).to(future.dtype)
-
-
-def attend(
-    queries: Float[Tensor, "B H R head"],
-    keys: Float[Tensor, "B G K head"],
-    values: Float[Tensor, "B G K head"],
-    mask: Bool[Tensor, "B R K"],
-) -> Float[Tensor, "B H R head"]:
-    """Masked grouped-query attention; the query heads of a group become rows, so keys and values are never repeated."""
-    batch, heads, rows, head_dim = queries.shape
-    groups = keys.shape[1]
-    folded = queries.reshape(batch, groups, heads // groups * rows, head_dim)
-    mask = mask[:, None].repeat(1, 1, heads // groups, 1)
-    out = nn.functional.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
-    return out.reshape(batch, heads, rows, head_dim)
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

@@ -9,9 +9,10 @@ Shapes: B batch, R rows, D hidden width, U draft vocabulary, H query heads, G ke
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from confu.attention import Attention
 from confu.draft import DraftModel, normed_states
 from confu.linear import fused, product
 from confu.rows import rows
@@ -89,11 +90,22 @@ class DraftForward:
             self.contemplation.future(states).to(states.dtype), self.fuse(future[..., :-width]), None, turn
         )[1:]
 
-    def finish(self, hidden: Float[Tensor, "B R D"], attended: Float[Tensor, "B H R head"]) -> Float[Tensor, "B R D"]:
-        """As `DraftModel.finish`: the layer's output, recycled as the next hidden state."""
+    def attend(
+        self,
+        queries: Float[Tensor, "B H R head"],
+        keys: Float[Tensor, "B G K head"],
+        values: Float[Tensor, "B G K head"],
+        mask: Bool[Tensor, "B R K"],
+    ) -> Float[Tensor, "B R Hhead"]:
+        per_group = self.config.num_attention_heads // self.config.num_key_value_heads
+        attention = Attention(mask, per_group=per_group, head_dim=self.config.head_dim, dtype=queries.dtype)
+        return attention(queries, keys, values)
+
+    def finish(self, hidden: Float[Tensor, "B R D"], attended: Float[Tensor, "B R Hhead"]) -> Float[Tensor, "B R D"]:
+        """As `DraftModel.finish`, of heads side by side: the layer's output, recycled as the next hidden state."""
         if self.config.norm_before_residual:
             hidden = self._normed(hidden, self._hidden_norm)
-        attended = self._products["out"](attended.transpose(1, 2).flatten(2))
+        attended = self._products["out"](attended)
         hidden, normed = rows().add_norm(hidden, attended, self._mlp_norm, self.config.rms_norm_eps)
         return hidden + self._products["down"](rows().gate(self._products["gate_up"](normed)))
 

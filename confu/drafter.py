@@ -18,7 +18,7 @@ from confu.cache import KVCache
 from confu.config import DraftConfig, TreeConfig
 from confu.contemplate import Contemplation
 from confu.costs import Budget
-from confu.draft import DraftModel, attend
+from confu.draft import DraftModel
 from confu.draft_forward import DraftForward, Turn
 from confu.rows import rows
 from confu.target import Target
@@ -162,7 +162,7 @@ class TreeDrafter:
         keys, values = cache.update(keys, values, 0)
         visible = torch.arange(num_rows, device=device) <= last[:, :, None]  # [B, 1, M]
         queries = queries.gather(2, last[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3]))
-        attended = attend(queries, keys, values, self._mask(state, visible))
+        attended = draft.attend(queries, keys, values, self._mask(state, visible))
         state.out = draft.finish(take(fused, last), attended)[:, 0]
         state.root = accepted.next_tokens
         cache.advance(counts)
@@ -208,7 +208,7 @@ class TreeDrafter:
         queries, keys, values = draft.project(self.target.embed(frontier.tokens), hidden, state.third, turn)
         cache.open_rows(width, offset=reach.shape[2] - width, with_soft=state.has_slot)
         keys, values = cache.update(keys, values, 0)
-        attended = attend(queries, keys, values, self._mask(state, reach))
+        attended = draft.attend(queries, keys, values, self._mask(state, reach))
         return draft.finish(hidden, attended)
 
     def _mask(self, state: TreeState, reach: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class Forward(Protocol):
         *,
         num_logits: int,
     ) -> tuple[Float[Tensor, "B num_logits V"], Float[Tensor, "B R Dlayers"]]:
-        """Logits (float32) of the first ``num_logits`` rows, and the states of all rows as they enter ``layers``, side
+        """Logits of the first ``num_logits`` rows, and the states of all rows as they enter ``layers``, side
         by side (the number of layers: the final states). Keys and values go into ``cache``. Without a mask, rows attend
         causally to each other, and the cache is empty."""
         ...
@@ -70,7 +70,7 @@ class ModelForward:
             output_hidden_states=list(layers),
             logits_to_keep=torch.arange(num_logits, device=embeddings.device),
         )
-        return out.logits.float(), torch.cat([out.hidden_states[layer] for layer in layers], dim=-1)
+        return out.logits, torch.cat([out.hidden_states[layer] for layer in layers], dim=-1)
 
     def _attention_mask(self, mask: Bool[Tensor, "B R K"], cache: KVCache | PrefixCache) -> Tensor | dict[str, Tensor]:
         """The mask as the model takes it: one tensor, or one for each kind of its layers."""

@@ -329,7 +329,7 @@ class _Running:
         width = round_tokens.shape[1]
         at = (self.decoder._tensor(step.counts) - 1)[:, None]
         drawn = round_tokens.roll(-1, dims=1).scatter(1, at, step.bonus[:, None])  # token drawn at each path node
-        logprobs = take(logits, step.path).log_softmax(dim=-1).gather(2, drawn[:, :, None])[:, :, 0].tolist()
+        logprobs = take(logits, step.path).float().log_softmax(dim=-1).gather(2, drawn[:, :, None])[:, :, 0].tolist()
         rejected = _best_untaken(tree, step) if is_round else [()] * len(step.counts)
         tokens: list[Token] = []
         for row, (ids, count) in enumerate(zip(drawn.tolist(), step.counts, strict=True)):

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
 
+from confu.attention import Attention
 from confu.cache import KVCache, PrefixCache
 from confu.linear import fused, product
 from confu.memory import forget_mapped
@@ -74,24 +74,20 @@ class LlamaForward:
         num_logits: int,
     ) -> tuple[Float[Tensor, "B num_logits V"], Float[Tensor, "B R Dlayers"]]:
         turn = self.rotary(embeddings, positions)
-        bias = None if mask is None else self._attention_bias(mask, embeddings.dtype)
+        per_group, head_dim = self.num_heads // self.num_groups, self.layers[0].head_dim
+        attend = Attention(mask, per_group=per_group, head_dim=head_dim, dtype=embeddings.dtype)
         states: dict[int, Tensor] = {}
         hidden, delta = embeddings, None
         for index, layer in enumerate(self.layers):
-            entering, hidden, delta = layer(hidden, delta, turn, bias, cache, index)
+            entering, hidden, delta = layer(hidden, delta, turn, attend, cache, index)
             if index in layers:
                 states[index] = entering
         _, final = rows().add_norm(hidden, delta, self.norm, self.eps)
         states[len(self.layers)] = final
         captured = torch.cat([states[index] for index in layers], dim=-1)
         if num_logits == 0:
-            return embeddings.new_empty(len(embeddings), 0, self.vocab_size, dtype=torch.float32), captured
-        return self.head(final[:, :num_logits]).float(), captured
-
-    def _attention_bias(self, mask: Bool[Tensor, "B R K"], dtype: torch.dtype) -> Float[Tensor, "B 1 HR K"]:
-        """0 where a row may look and -inf elsewhere, once for each query head of a group."""
-        bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-        return bias[:, None].repeat(1, 1, self.num_heads // self.num_groups, 1)
+            return embeddings.new_empty(len(embeddings), 0, self.vocab_size), captured
+        return self.head(final[:, :num_logits]), captured
 
 
 class _Layer:
@@ -118,7 +114,7 @@ class _Layer:
         hidden: Float[Tensor, "B R D"],
         delta: Float[Tensor, "B R D"] | None,
         turn: tuple[Tensor, Tensor],
-        bias: Float[Tensor, "B 1 HR K"] | None,
+        attend: Attention,
         cache: KVCache | PrefixCache,
         index: int,
     ) -> tuple[Float[Tensor, "B R D"], Float[Tensor, "B R D"], Float[Tensor, "B R D"]]:
@@ -128,14 +124,7 @@ class _Layer:
         mixed = self.qkv(normed).view(batch, num_rows, -1, self.head_dim)
         queries, keys, values = rows().rotate(mixed, *turn, self.num_heads, self.head_norms, self.eps)
         keys, values = cache.update(keys, values, index)
-        if bias is None:
-            attended = scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
-        else:
-            # The query heads of a group become rows, so that keys and values are never repeated.
-            folded = queries.reshape(batch, self.num_groups, -1, self.head_dim)
-            attended = scaled_dot_product_attention(folded, keys, values, attn_mask=bias)
-            attended = attended.reshape(batch, self.num_heads, num_rows, self.head_dim)
-        attended = self.out(attended.transpose(1, 2).flatten(2))
+        attended = self.out(attend(queries, keys, values))
         between, normed = rows().add_norm(hidden, attended, self.mlp_norm, self.eps)
         return hidden, between, self.down(rows().gate(self.gate_up(normed)))
 

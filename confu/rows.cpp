@@ -1,11 +1,13 @@
 // What stands between the matrix products of a decoder layer, for a few dozen rows, each loop one pass over its rows.
-// Same arithmetic as the torch functions in rows.py, which they are tested against. Built and called from there.
+// Same arithmetic as the torch functions in rows.py, which they are tested against. Built by native.py, called from there.
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
 namespace {
+
+constexpr int64_t LIGHT = 8192;  // numbers that one thread is done with before a second one has begun
 
 struct bf16 {
     uint16_t bits;
@@ -40,15 +42,16 @@ template <typename T> void norm_row(const T* x, const T* __restrict__ weight, T*
 // total = x + delta (delta may be null: total is not written); out = norm(total) * weight
 template <typename T>
 void add_norm(const T* x, const T* delta, const T* weight, T* total, T* out, int64_t rows, int64_t width, float eps) {
-    for (int64_t r = 0; r < rows; r++, x += width, out += width) {
-        const T* row = x;
+#pragma omp parallel for if (rows * width > LIGHT)
+    for (int64_t r = 0; r < rows; r++) {
+        const T* row = x + r * width;
         if (delta) {
-            for (int64_t i = 0; i < width; i++) put(total[i], wide(x[i]) + wide(delta[i]));
-            row = total;
-            delta += width;
-            total += width;
+            const T* added = delta + r * width;
+            T* __restrict__ sum = total + r * width;
+            for (int64_t i = 0; i < width; i++) put(sum[i], wide(row[i]) + wide(added[i]));
+            row = sum;
         }
-        norm_row(row, weight, out, width, eps);
+        norm_row(row, weight, out + r * width, width, eps);
     }
 }
 
@@ -68,89 +71,126 @@ void turn_row(const T* __restrict__ x, const T* __restrict__ c, const T* __restr
 template <typename T>
 void rotate(const T* mixed, const T* cos, const T* sin, const T* weights, T* queries, T* keys, T* values, int64_t batch,
             int64_t rows, int64_t heads, int64_t groups, int64_t width, float eps) {
-    T normed[1024];
     const int64_t half = width / 2, all = heads + 2 * groups;
-    for (int64_t b = 0; b < batch; b++)
-        for (int64_t r = 0; r < rows; r++) {
-            const T* c = cos + (b * rows + r) * width;
-            const T* s = sin + (b * rows + r) * width;
-            for (int64_t h = 0; h < all; h++, mixed += width) {
-                T* out = h < heads            ? queries + ((b * heads + h) * rows + r) * width
-                         : h < heads + groups ? keys + ((b * groups + h - heads) * rows + r) * width
-                                              : values + ((b * groups + h - heads - groups) * rows + r) * width;
-                if (h >= heads + groups) {
-                    std::memcpy(out, mixed, width * sizeof(T));
-                    continue;
-                }
-                const T* x = mixed;
-                if (weights) {
-                    norm_row(mixed, weights + h * width, normed, width, eps);
-                    x = normed;
-                }
-                turn_row(x, c, s, out, half);
+#pragma omp parallel for if (batch * rows * all * width > LIGHT)
+    for (int64_t at = 0; at < batch * rows; at++) {
+        const int64_t b = at / rows, r = at % rows;
+        const T *c = cos + at * width, *s = sin + at * width, *head = mixed + at * all * width;
+        T normed[1024];
+        for (int64_t h = 0; h < all; h++, head += width) {
+            T* out = h < heads            ? queries + ((b * heads + h) * rows + r) * width
+                     : h < heads + groups ? keys + ((b * groups + h - heads) * rows + r) * width
+                                          : values + ((b * groups + h - heads - groups) * rows + r) * width;
+            if (h >= heads + groups) {
+                std::memcpy(out, head, width * sizeof(T));
+                continue;
             }
+            const T* x = head;
+            if (weights) {
+                norm_row(head, weights + h * width, normed, width, eps);
+                x = normed;
+            }
+            turn_row(x, c, s, out, half);
         }
+    }
 }
 
 // gate_up [rows, 2 width] -> silu(gate) * up [rows, width]
-template <typename T> void gate(const T* __restrict__ gate_up, T* __restrict__ out, int64_t rows, int64_t width) {
-    for (int64_t r = 0; r < rows; r++, gate_up += 2 * width, out += width)
+template <typename T> void gate(const T* gate_up, T* out, int64_t rows, int64_t width) {
+#pragma omp parallel for if (rows * width > LIGHT)
+    for (int64_t r = 0; r < rows; r++) {
+        const T* __restrict__ from = gate_up + 2 * r * width;
+        T* __restrict__ to = out + r * width;
         for (int64_t i = 0; i < width; i++) {
-            const float x = wide(gate_up[i]);
+            const float x = wide(from[i]);
             const float e = std::exp(std::fmin(-x, 80.0f));  // beyond, e would overflow; x / (1 + e) is below 1e-31 there
-            put(out[i], rounded<T>(x / (1.0f + e)) * wide(gate_up[i + width]));
+            put(to[i], rounded<T>(x / (1.0f + e)) * wide(from[i + width]));
         }
+    }
 }
 
 // each row as int8 from -127 to 127, and the scale that gives it back
 template <typename T> void quantize(const T* x, int8_t* out, float* scales, int64_t rows, int64_t width) {
-    for (int64_t r = 0; r < rows; r++, x += width, out += width) {
+#pragma omp parallel for if (rows * width > LIGHT)
+    for (int64_t r = 0; r < rows; r++) {
+        const T* __restrict__ from = x + r * width;
+        int8_t* __restrict__ to = out + r * width;
         float largest = 1e-12f;
-        for (int64_t i = 0; i < width; i++) largest = std::fmax(largest, std::fabs(wide(x[i])));
+        for (int64_t i = 0; i < width; i++) largest = std::fmax(largest, std::fabs(wide(from[i])));
         scales[r] = largest / 127;
         const float factor = 1 / scales[r];
-        for (int64_t i = 0; i < width; i++) out[i] = int8_t(std::nearbyint(wide(x[i]) * factor));
+        for (int64_t i = 0; i < width; i++) to[i] = int8_t(std::nearbyint(wide(from[i]) * factor));
     }
 }
 
 // out = x * scales of the rows (+ bias)
 template <typename T>
-void scale(const float* x, const float* scales, const T* __restrict__ bias, T* __restrict__ out, int64_t rows, int64_t width) {
-    for (int64_t r = 0; r < rows; r++, x += width, out += width)
+void scale(const float* x, const float* scales, const T* __restrict__ bias, T* out, int64_t rows, int64_t width) {
+#pragma omp parallel for if (rows * width > LIGHT)
+    for (int64_t r = 0; r < rows; r++) {
+        const float* __restrict__ from = x + r * width;
+        T* __restrict__ to = out + r * width;
+        const float by = scales[r];
         if (bias)
-            for (int64_t i = 0; i < width; i++) put(out[i], x[i] * scales[r] + wide(bias[i]));
+            for (int64_t i = 0; i < width; i++) put(to[i], from[i] * by + wide(bias[i]));
         else
-            for (int64_t i = 0; i < width; i++) put(out[i], x[i] * scales[r]);
+            for (int64_t i = 0; i < width; i++) put(to[i], from[i] * by);
+    }
 }
 
-// each row's k largest of log_softmax(x), largest first, and where they are; of equal ones the first
-template <typename T>
-void best(const T* x, float* values, int64_t* places, int64_t rows, int64_t width, int64_t k) {
-    constexpr int64_t block = 64;
-    for (int64_t r = 0; r < rows; r++, x += width, values += k, places += k) {
-        int64_t found = 0;
-        for (int64_t start = 0; start < width; start += block) {
-            const int64_t end = start + block < width ? start + block : width;
-            float largest = wide(x[start]);
-            for (int64_t i = start + 1; i < end; i++) largest = std::fmax(largest, wide(x[i]));
-            if (found == k && !(largest > values[k - 1])) continue;
-            for (int64_t i = start; i < end; i++) {
-                const float value = wide(x[i]);
-                if (found == k && !(value > values[k - 1])) continue;
-                int64_t at = found < k ? found++ : k - 1;
-                for (; at > 0 && value > values[at - 1]; at--) {
-                    values[at] = values[at - 1];
-                    places[at] = places[at - 1];
-                }
-                values[at] = value;
-                places[at] = i;
+// the largest of x[0] ... x[count - 1]
+template <typename T> float most(const T* x, int64_t count) {
+    float largest = wide(x[0]);
+    for (int64_t i = 1; i < count; i++) largest = std::fmax(largest, wide(x[i]));
+    return largest;
+}
+
+constexpr int64_t BLOCK = 64;  // numbers that are passed over together where none is large enough
+
+// a row's k largest of log_softmax(x), largest first, and where they are; of equal ones the first
+template <typename T> void best_of(const T* x, float* values, int64_t* places, int64_t width, int64_t k) {
+    int64_t found = 0;
+    for (int64_t start = 0; start < width; start += BLOCK) {
+        const int64_t end = start + BLOCK < width ? start + BLOCK : width;
+        if (found == k && !(most(x + start, end - start) > values[k - 1])) continue;
+        for (int64_t i = start; i < end; i++) {
+            const float value = wide(x[i]);
+            if (found == k && !(value > values[k - 1])) continue;
+            int64_t at = found < k ? found++ : k - 1;
+            for (; at > 0 && value > values[at - 1]; at--) {
+                values[at] = values[at - 1];
+                places[at] = places[at - 1];
             }
+            values[at] = value;
+            places[at] = i;
         }
-        const float top = values[0];
-        float sum = 0;
-        for (int64_t i = 0; i < width; i++) sum += std::exp(wide(x[i]) - top);
-        const float total = top + std::log(sum);
-        for (int64_t j = 0; j < k; j++) values[j] -= total;
+    }
+    const float top = values[0];
+    float sum = 0;
+    for (int64_t i = 0; i < width; i++) sum += std::exp(wide(x[i]) - top);
+    const float total = top + std::log(sum);
+    for (int64_t j = 0; j < k; j++) values[j] -= total;
+}
+
+template <typename T> void best(const T* x, float* values, int64_t* places, int64_t rows, int64_t width, int64_t k) {
+#pragma omp parallel for if (rows * width > LIGHT)
+    for (int64_t r = 0; r < rows; r++) best_of(x + r * width, values + r * k, places + r * k, width, k);
+}
+
+// where the largest number of each row is; of equal ones the first
+template <typename T> void argmax(const T* x, int64_t* places, int64_t rows, int64_t width) {
+#pragma omp parallel for if (rows * width > LIGHT)
+    for (int64_t r = 0; r < rows; r++) {
+        const T* row = x + r * width;
+        float largest = wide(row[0]);
+        int64_t at = 0;
+        for (int64_t start = 0; start < width; start += BLOCK) {
+            const int64_t end = start + BLOCK < width ? start + BLOCK : width;
+            if (!(most(row + start, end - start) > largest)) continue;
+            for (int64_t i = start; i < end; i++)
+                if (wide(row[i]) > largest) largest = wide(row[i]), at = i;
+        }
+        places[r] = at;
     }
 }
 
@@ -173,7 +213,8 @@ void best(const T* x, float* values, int64_t* places, int64_t rows, int64_t widt
     }                                                                                                                 \
     extern "C" void best_##T(const T* x, float* v, int64_t* p, int64_t rows, int64_t n, int64_t k) {                   \
         best(x, v, p, rows, n, k);                                                                                    \
-    }
+    }                                                                                                                 \
+    extern "C" void argmax_##T(const T* x, int64_t* p, int64_t rows, int64_t n) { argmax(x, p, rows, n); }
 
 EXPORT(float)
 EXPORT(bf16)

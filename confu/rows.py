@@ -2,9 +2,8 @@
 tokens a draft likes best.
 
 A verification reads a few dozen rows, so these cost little arithmetic but, as torch operations, some fifteen calls a
-layer. `NativeRows` does each in one pass, by `rows.cpp`, which is compiled on first use (half a second) where there is
-a C++ compiler and kept in the user's cache; `Rows`, in torch, is the reference it must equal and does the rest: other
-devices and types, and long prompts, which torch spreads over all cores.
+layer. `NativeRows` does each in one pass, by `rows.cpp`; `Rows`, in torch, is the reference it must equal and does the
+rest: other devices and types, and long prompts.
 
 Shapes: B batch, R rows, W width of a row, H query heads, G key-value heads.
 """
@@ -13,25 +12,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from jaxtyping import Float, Int, Int8
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
-from confu.models import cache_dir
+from confu.native import library
 
-logger = logging.getLogger(__name__)
-
-SOURCE = Path(__file__).with_suffix(".cpp")
 SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16"}
 MOST_ROWS = 128  # from here on torch's threads win
 WIDEST_HEAD = 1024
@@ -96,6 +84,10 @@ class Rows:
         values, places = log_probs.topk(count, dim=-1)
         return values, places
 
+    def argmax(self, logits: Float[Tensor, "B R V"]) -> Int[Tensor, "B R"]:
+        """Where the largest of each row is; of equal ones the first."""
+        return logits.max(dim=-1).indices  # a third of argmax's time on a CPU
+
 
 class NativeRows(Rows):
     """The same by the compiled functions, for few rows on a CPU."""
@@ -109,6 +101,7 @@ class NativeRows(Rows):
             "quantize": [pointer] * 3 + [count] * 2,
             "scale": [pointer] * 4 + [count] * 2,
             "best": [pointer] * 3 + [count] * 3,
+            "argmax": [pointer] * 2 + [count] * 2,
         }
         self._functions = {}
         for dtype, suffix in SUFFIXES.items():
@@ -210,42 +203,17 @@ class NativeRows(Rows):
         )
         return values, places
 
+    def argmax(self, logits: Float[Tensor, "B R V"]) -> Int[Tensor, "B R"]:
+        if not self._serves(logits):
+            return super().argmax(logits)
+        places = torch.empty(logits.shape[:-1], dtype=torch.int64)
+        width = logits.shape[-1]
+        self._functions["argmax", logits.dtype](logits.data_ptr(), places.data_ptr(), logits.numel() // width, width)
+        return places
+
 
 @functools.cache
 def rows() -> Rows:
     """The fastest of the two that this machine can have."""
-    try:
-        return NativeRows(ctypes.CDLL(str(_library())))
-    except (OSError, subprocess.SubprocessError) as error:
-        logger.info("rows.cpp is not used, torch takes its place: %s", error)
-        return Rows()
-
-
-def _library() -> Path:
-    """The compiled functions, for this very kind of processor. Raises OSError or SubprocessError where that fails."""
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if compiler is None:
-        raise FileNotFoundError("there is no C++ compiler (c++, g++, clang++, or what CXX names)")
-    native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
-    options = ["-O3", "-ffast-math", "-fPIC", native]
-    identity = "\n".join([compiler, *options, _processor(), SOURCE.read_text(encoding="utf-8")])
-    library = cache_dir() / "native" / f"rows-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    if library.exists():
-        return library
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=library.parent) as folder:
-        made, linked = Path(folder) / "rows.o", Path(folder) / "rows.so"
-        # In two steps: linked with -ffast-math, a library would switch denormal numbers off for the whole process.
-        for command in ([*options, "-c", str(SOURCE), "-o", str(made)], ["-shared", str(made), "-o", str(linked)]):
-            subprocess.run([compiler, *command], check=True, capture_output=True, timeout=120)
-        linked.replace(library)
-    return library
-
-
-def _processor() -> str:
-    """What -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return "\n".join(next((line for line in lines if line.startswith(start)), "") for start in ("model name", "flags"))
+    functions = library()
+    return Rows() if functions is None else NativeRows(functions)

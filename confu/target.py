@@ -32,7 +32,7 @@ class Verified:
     """What one verification forward returns."""
 
     logits: Float[Tensor, "B N V"]
-    """Target logits at every node, float32."""
+    """Target logits at every node, in the target's type."""
     features: Float[Tensor, "B N D3"]
     """Captured states h of every node."""
     future: Float[Tensor, "B C D4"] | None
@@ -139,12 +139,12 @@ class Target:
         return features
 
     def logits(self, tokens: Int[Tensor, "B T"], last: int) -> Float[Tensor, "B last V"]:
-        """Logits of the ``last`` positions of whole sequences, by themselves and from nothing."""
+        """Logits (float32) of the ``last`` positions of whole sequences, by themselves and from nothing."""
         batch, length = tokens.shape
         cache = self.new_cache(batch, length)
         if length > last:
             self.prefill(cache, tokens[:, : length - last], [length - last] * batch)
-        return self._causal(cache, tokens[:, length - last :], num_logits=last)[0]
+        return self._causal(cache, tokens[:, length - last :], num_logits=last)[0].float()
 
     def top2_gaps(self, tokens: list[int], last: int) -> list[float]:
         """By how much the target prefers its best next token to the second, at the ``last`` positions of a text."""

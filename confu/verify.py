@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from confu.config import SamplingConfig
+from confu.rows import rows
 from confu.tree import Tree
 
 Warper = Callable[[Float[Tensor, "R V"]], Float[Tensor, "R V"]]
@@ -69,9 +70,9 @@ class Sampler:
         On a CPU a node draws when its turn comes, which for most it never does; elsewhere all draw at once, without
         waiting for the device."""
         if seen is not None:
-            logits = penalise(logits, tree, seen, self.config.repetition_penalty)
+            logits = penalise(logits.float(), tree, seen, self.config.repetition_penalty)
         if self.config.temperature == 0:
-            return logits.max(dim=-1).indices  # a third of argmax's time on a CPU
+            return rows().argmax(logits)
         uniform = torch.zeros(tree.tokens.shape, dtype=torch.float64)
         for row, count, generator in zip(uniform, tree.valid.sum(1).tolist(), self.generators, strict=True):
             row[:count] = torch.rand(count, generator=generator, dtype=torch.float64)  # padding draws nothing
@@ -98,7 +99,7 @@ class Sampler:
 
     def probabilities(self, logits: Float[Tensor, "B N V"]) -> Float[Tensor, "B N V"]:
         """The warped distribution p: temperature, top-k, top-p, min-p, in transformers' order."""
-        scores = logits.flatten(0, 1)
+        scores = logits.float().flatten(0, 1)
         for warp in self.warpers:
             scores = warp(scores)
         return scores.softmax(dim=-1).view_as(logits)

@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from confu.contemplate import Mixture
-from confu.draft import DraftModel, attend
+from confu.draft import DraftModel
 
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},
@@ -229,27 +229,6 @@ def test_row_and_finish_are_one_llama_layer():
     middle = hidden + attended.permute(0, 2, 1, 3).reshape(2, 3, 48) @ layer.self_attn.o_proj.weight.T
     expected = middle + mlp(layer.post_attention_layernorm(middle))
     torch.testing.assert_close(draft.finish(hidden, attended), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_attend_is_plain_attention_with_repeated_heads():
-    """Every query head h reads key-value head h // 2, and only where the literal mask says so."""
-    generator = torch.Generator().manual_seed(0)
-    queries = torch.randn(2, 4, 3, 12, generator=generator)
-    keys, values = torch.randn(2, 2, 5, 12, generator=generator), torch.randn(2, 2, 5, 12, generator=generator)
-    mask = torch.tensor(
-        [
-            [[1, 0, 0, 0, 0], [1, 1, 0, 1, 0], [1, 1, 1, 1, 1]],
-            [[0, 0, 0, 0, 1], [0, 1, 1, 0, 0], [1, 0, 0, 0, 1]],
-        ]
-    ).bool()
-    ours = attend(queries, keys, values, mask)
-    for b in range(2):
-        for h in range(4):
-            for r in range(3):
-                seen = [j for j in range(5) if mask[b, r, j]]
-                scores = [math.exp(float(queries[b, h, r] @ keys[b, h // 2, j]) / math.sqrt(12)) for j in seen]
-                expected = sum(s * values[b, h // 2, j] for s, j in zip(scores, seen, strict=True)) / sum(scores)
-                torch.testing.assert_close(ours[b, h, r], expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("top", [1, 2, 5])

@@ -8,7 +8,8 @@ import pytest
 import torch
 from test_bench import SMALL, home, settled  # noqa: F401 (fixtures: tiny target, drafts, working folder)
 
-from confu import cli, drafter, generate, linear, llama
+from confu import cli, generate, linear
+from confu.attention import Attention
 from confu.bench import profile
 from confu.bench.profile import PARTS, TRACED, Clock, record, wrapped
 from confu.cache import KVCache
@@ -27,11 +28,12 @@ PROMPT = [3, 1, 4, 1, 5]
 PLACES = [
     *((kind, "__call__") for kind in (linear.Product, linear.PackedProduct, linear.Int8Product)),
     *((type(rows()), name) for name in ("add_norm", "rotate", "gate", "quantize", "rescale")),
-    *((owner, "scaled_dot_product_attention") for owner in (llama, torch.nn.functional)),
+    (Attention, "__call__"),
+    (torch.nn.functional, "scaled_dot_product_attention"),
     *((generate._Running, name) for name in ("emit", "note_cached", "drop_finished")),
     *((TreeDrafter, name) for name in ("commit", "grow")),
     *((KVCache, name) for name in ("update", "keep")),
-    *((owner, name) for owner, name in ((drafter, "attend"), (generate, "walk"))),
+    (generate, "walk"),
     *((owner, name) for owner, name in ((Target, "verify"), (Sampler, "draw"))),
 ]
 

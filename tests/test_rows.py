@@ -1,15 +1,10 @@
-"""The compiled row operations against those in torch, when torch takes their place, and how the library is made."""
-
-import ctypes
-import itertools
-import logging
-import subprocess
+"""The compiled row operations against those in torch, and when torch takes their place."""
 
 import pytest
 import torch
 
-from confu import rows as module
-from confu.rows import MOST_ROWS, WIDEST_HEAD, NativeRows, Rows, rows
+from confu.native import library
+from confu.rows import MOST_ROWS, WIDEST_HEAD, NativeRows, Rows
 
 DTYPES = (torch.float32, torch.bfloat16)
 EPS = 1e-5
@@ -30,29 +25,23 @@ def same(ours, theirs, *, steps: float = 1, of: float = 0) -> None:
 
 
 @pytest.fixture(scope="module")
-def library():
+def native():
     """The compiled functions; without a compiler there is nothing to compare."""
-    try:
-        return ctypes.CDLL(str(module._library()))
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def native(library):
-    return NativeRows(library)
+    if library() is None:
+        pytest.skip("there is no C++ compiler")
+    return NativeRows(library())
 
 
 @pytest.fixture
-def hollow(library):
+def hollow(native):
     """Without its functions: a call that would use them raises KeyError."""
-    native = NativeRows(library)
-    native._functions.clear()
-    return native
+    hollow = NativeRows(library())
+    hollow._functions.clear()
+    return hollow
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1, 576), (1, 33, 64), (3, 5, 7), (2, 64, 33)])
+@pytest.mark.parametrize("shape", [(1, 1, 576), (1, 33, 64), (3, 5, 7), (2, 64, 33), (3, 7, 576)])
 def test_add_norm(native, dtype, shape):
     x, delta = random(*shape, dtype=dtype), random(*shape, seed=1, dtype=dtype)
     x[0, 0] = delta[0, 0] = 0
@@ -76,7 +65,7 @@ def test_add_norm(native, dtype, shape):
 @pytest.mark.parametrize("one_turn", [False, True])
 @pytest.mark.parametrize(
     ("batch", "num_rows", "heads", "groups", "width"),
-    [(1, 1, 9, 3, 64), (1, 33, 4, 4, 16), (3, 7, 4, 2, 8), (2, 5, 0, 3, 16), (2, 64, 2, 1, 6)],
+    [(1, 1, 9, 3, 64), (1, 33, 4, 4, 16), (3, 7, 4, 2, 8), (2, 5, 0, 3, 16), (2, 64, 2, 1, 6), (2, 11, 9, 3, 64)],
 )
 def test_rotate(native, dtype, with_norms, one_turn, batch, num_rows, heads, groups, width):
     mixed = random(batch, num_rows, heads + 2 * groups, width, dtype=dtype)
@@ -120,7 +109,7 @@ def test_gate_at_its_ends(native, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1, 576), (33, 7), (2, 5, 1), (128, 40)])
+@pytest.mark.parametrize("shape", [(1, 1, 576), (33, 7), (2, 5, 1), (128, 40), (17, 576)])
 def test_quantize(native, dtype, shape):
     x = random(*shape, dtype=dtype)
     rows = x.view(-1, shape[-1])
@@ -150,7 +139,7 @@ def test_quantize_ends_at_127(native):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1, 576), (33, 7), (2, 5, 1)])
+@pytest.mark.parametrize("shape", [(1, 1, 576), (33, 7), (2, 5, 1), (17, 576)])
 def test_rescale(native, dtype, with_bias, shape):
     x, scales = 1000 * random(*shape), random(*shape[:-1], seed=1).abs()
     bias = random(shape[-1], seed=2, dtype=dtype) if with_bias else None
@@ -220,67 +209,6 @@ def test_denormal_numbers_stay(native):
     assert (torch.tensor([1e-38]) * 0.01).item() > 0
 
 
-@pytest.fixture
-def fresh(library, tmp_path, monkeypatch):
-    """An empty cache, and nothing remembered of the library before or after. Lists the commands that were run."""
-    monkeypatch.setenv("CONFU_CACHE", str(tmp_path))
-    ran, run = [], subprocess.run
-    monkeypatch.setattr(
-        module.subprocess, "run", lambda command, **options: ran.append(command) or run(command, **options)
-    )
-    rows.cache_clear()
-    yield ran
-    rows.cache_clear()
-
-
-def test_the_library_is_built_once(fresh, tmp_path, monkeypatch):
-    built = module._library()
-    assert list((tmp_path / "native").iterdir()) == [built]  # and nothing of its making
-    assert len(fresh) == 2
-    assert module._library() == built
-    assert len(fresh) == 2
-    assert type(rows()) is NativeRows
-    assert rows() is rows()
-    same([rows().gate(random(1, 3, 8))], [Rows().gate(random(1, 3, 8))], steps=8)
-    monkeypatch.setattr(module, "_processor", lambda: "another")  # a cache that several machines share
-    assert module._library() != built
-    assert len(fresh) == 4
-
-
-def test_another_source_is_another_library(fresh, tmp_path, monkeypatch):
-    source = tmp_path / "rows.cpp"
-    source.write_text(module.SOURCE.read_text(encoding="utf-8") + "// changed\n", encoding="utf-8")
-    first = module._library()
-    monkeypatch.setattr(module, "SOURCE", source)
-    assert module._library() != first
-
-
-@pytest.mark.parametrize("trouble", ["broken compiler", "no such compiler", "no compiler", "read-only cache"])
-def test_without_the_library_torch_takes_its_place(fresh, tmp_path, monkeypatch, caplog, trouble):
-    said = {
-        "broken compiler": "returned non-zero exit status 1",
-        "no such compiler": "No such file or directory: '/nowhere/c++'",
-        "no compiler": "there is no C++ compiler",
-        "read-only cache": "File exists",
-    }[trouble]
-    monkeypatch.delenv("CXX", raising=False)
-    if trouble == "broken compiler":
-        monkeypatch.setenv("CXX", "false")
-    elif trouble == "no such compiler":
-        monkeypatch.setenv("CXX", "/nowhere/c++")
-    elif trouble == "no compiler":
-        monkeypatch.setattr(module.shutil, "which", lambda name: None)
-    else:
-        (tmp_path / "native").write_text("a file where the folder should be")
-    with caplog.at_level(logging.INFO, logger="confu.rows"):
-        assert type(rows()) is Rows
-        assert rows() is rows()  # and does not try again
-    assert [record.levelname for record in caplog.records] == ["INFO"]
-    assert "rows.cpp is not used, torch takes its place" in caplog.text
-    assert said in caplog.text
-    assert not list(itertools.chain.from_iterable(path.glob("*") for path in tmp_path.glob("native")))
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("shape", "count"), [((1, 10, 8192), 10), ((2, 3, 63), 1), ((3, 1, 65), 65), ((1, 128, 64), 3)]
@@ -300,3 +228,25 @@ def test_best_takes_the_first_of_equals(native, hollow):
     assert places.tolist() == [[[1, 2, 4, 6]]]
     many = random(1, MOST_ROWS + 1, 8)
     assert torch.equal(hollow.best(many, 2)[0], Rows().best(many, 2)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 63), (2, 3, 65), (1, 60, 49_152), (1, 0, 8)])
+def test_argmax(native, hollow, dtype, shape):
+    logits = random(*shape, dtype=dtype)
+    places = native.argmax(logits)
+    assert places.dtype == torch.int64
+    assert torch.equal(places, Rows().argmax(logits))
+    assert torch.equal(logits.gather(-1, places[..., None])[..., 0], logits.amax(-1))
+    many = random(1, MOST_ROWS + 1, 8, dtype=dtype)
+    assert torch.equal(hollow.argmax(many), many.argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [5, 64, 300])
+def test_argmax_is_the_first_of_equals(native, dtype, width):
+    logits = random(1, 40, width, dtype=dtype)
+    for row, first in zip(logits[0], range(40), strict=True):
+        row[first % width] = row[width - 1] = row[(first + 2) % width] = 9
+    expected = [[row.tolist().index(9) for row in logits[0]]]
+    assert native.argmax(logits).tolist() == Rows().argmax(logits).tolist() == expected

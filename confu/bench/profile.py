@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
-from confu import drafter, generate, linear, llama
+from confu import generate, linear
+from confu.attention import Attention
 from confu.bench.answers import DecoderEngine
 from confu.bench.methods import Method
 from confu.bench.questions import Suite
@@ -207,9 +208,8 @@ def wrapped(decoder: Decoder, wrap: Wrap) -> Iterator[None]:
     ]
     named: list[tuple[str, Any, tuple[str, ...]]] = [
         (TARGET, Target, ("verify",)),
-        (ATTENTION, llama, ("scaled_dot_product_attention",)),
+        (ATTENTION, Attention, ("__call__",)),
         (ATTENTION, torch.nn.functional, ("scaled_dot_product_attention",)),  # of transformers' models
-        (ATTENTION, drafter, ("attend",)),
         (ROWS, type(rows()), ("add_norm", "rotate", "gate", "quantize", "rescale")),
         (WRITES, KVCache, ("update",)),
         (DRAW, Sampler, ("draw",)),

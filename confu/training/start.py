@@ -28,6 +28,8 @@ def start_draft(config: TrainConfig, target: Target, corpus: Corpus) -> DraftMod
     if not config.keep_vocabulary:
         check_vocabulary(source, corpus)
     if config.method == source.config.method:
+        if source.contemplation is not None:  # l is how it is trained, not what it is
+            source.config = dataclasses.replace(source.config, replication=config.replication)
         return source
     if config.method == "eagle3":
         raise ValueError(f"{config.init} is a {source.config.method} draft; an eagle3 run starts from an eagle3 draft.")
@@ -38,7 +40,7 @@ def overruled(config: TrainConfig, draft: DraftModel) -> list[str]:
     """A sentence when the draft that a run goes on from has other sizes than the recipe says: the draft's count."""
     if draft.contemplation is None:
         return []
-    names = ("num_soft_prompts", "num_experts", "top_experts", "replication", "future_form", "router")
+    names = ("num_soft_prompts", "num_experts", "top_experts", "future_form", "router")
     differing = [name for name in names if getattr(config, name) != getattr(draft.config, name)]
     said = ", ".join(f"{name} {getattr(draft.config, name)} (not {getattr(config, name)})" for name in differing)
     return [f"The draft to go on from keeps its {said}."] if said else []

@@ -1,0 +1,92 @@
+"""Attention of the rows of one forward over the cached keys: made once, called in every layer.
+
+On a processor with AMX tiles a few dozen rows in bfloat16 go through `attention.cpp`; everything else goes through
+torch, which is the reference that it is tested against.
+
+Shapes: B batch, R rows, H query heads, G key-value heads, W width of a head, K keys.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from confu.native import library
+from confu.rows import MOST_ROWS
+
+LANES = 32  # a head's width in bfloat16 must be a multiple
+
+
+class Attention:
+    """Grouped-query attention under one mask; without a mask, rows attend causally to each other and to nothing else.
+
+    ``per_group`` is the number of query heads for each key-value head, H / G.
+    """
+
+    def __init__(
+        self, mask: Bool[Tensor, "B R K"] | None, *, per_group: int, head_dim: int, dtype: torch.dtype
+    ) -> None:
+        self.mask, self.bias, self.tiled = mask, None, None
+        if mask is None:
+            return
+        if dtype == torch.bfloat16 and mask.is_cpu and mask.shape[0] * mask.shape[1] <= MOST_ROWS:
+            self.tiled = _tiles(head_dim)
+        if self.tiled is not None:
+            self.mask = mask.contiguous()
+        else:  # the query heads of a group become rows, so that keys and values are never repeated
+            bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+            self.bias = bias[:, None].repeat(1, 1, per_group, 1)
+
+    def __call__(
+        self,
+        queries: Float[Tensor, "B H R W"],
+        keys: Float[Tensor, "B G K W"],
+        values: Float[Tensor, "B G K W"],
+    ) -> Float[Tensor, "B R HW"]:
+        if self.mask is None:
+            out = scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
+        elif self.tiled is not None:
+            return self._by_tiles(self.tiled, queries.contiguous(), keys, values)
+        else:
+            batch, heads, rows, width = queries.shape
+            folded = queries.reshape(batch, keys.shape[1], -1, width)
+            out = scaled_dot_product_attention(folded, keys, values, attn_mask=self.bias)
+            out = out.reshape(batch, heads, rows, width)
+        return out.transpose(1, 2).flatten(2)
+
+    def _by_tiles(self, function: Callable[..., None], queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        assert self.mask is not None
+        batch, heads, rows, width = queries.shape
+        groups, num_keys = keys.shape[1:3]
+        if not keys.stride() == values.stride() == (*keys.stride()[:2], width, 1):
+            keys, values = keys.contiguous(), values.contiguous()
+        out = queries.new_empty(batch, rows, heads * width)
+        # fmt: off
+        function(
+            queries.data_ptr(), keys.data_ptr(), values.data_ptr(), self.mask.data_ptr(), out.data_ptr(), batch, heads,
+            groups, rows, num_keys, width, keys.stride(0), keys.stride(1), math.log2(math.e) / math.sqrt(width),
+        )
+        # fmt: on
+        return out
+
+
+@functools.cache
+def _tiles(head_dim: int) -> Callable[..., None] | None:
+    """The compiled function, where it can run and takes heads so wide."""
+    functions = library()
+    if functions is None:
+        return None
+    functions.attention_widest.restype = ctypes.c_int64
+    if head_dim % LANES or head_dim > functions.attention_widest():
+        return None
+    function = functions.attention_bf16
+    function.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 8 + [ctypes.c_float]
+    function.restype = None
+    return function

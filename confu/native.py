@@ -1,0 +1,73 @@
+"""The compiled functions of `rows.cpp` and `attention.cpp`: built on first use, in two seconds, where there is a C++
+compiler, and kept in the user's cache.
+
+They use OpenMP where the process has its functions already: torch's, and so torch's own threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch  # noqa: F401 (brings its OpenMP)
+
+from confu.models import cache_dir
+
+logger = logging.getLogger(__name__)
+
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.cpp", "attention.cpp"))
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """None, with a word in the log, where it cannot be made."""
+    try:
+        try:
+            return ctypes.CDLL(str(build("-fopenmp")))
+        except (OSError, subprocess.CalledProcessError) as error:
+            logger.info("no OpenMP for the compiled functions: %s", error)
+            return ctypes.CDLL(str(build()))
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.info("rows.cpp and attention.cpp are not used, torch takes their place: %s", error)
+        return None
+
+
+def build(*more: str) -> Path:
+    """The library for this very kind of processor. Raises OSError or SubprocessError where making it fails."""
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
+        raise FileNotFoundError("there is no C++ compiler (c++, g++, clang++, or what CXX names)")
+    native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    options = ["-O3", "-ffast-math", "-fPIC", native, *more]
+    texts = [source.read_text(encoding="utf-8") for source in SOURCES]
+    identity = "\n".join([compiler, *options, _processor(), *texts])
+    kept = cache_dir() / "native" / f"functions-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    if kept.exists():
+        return kept
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=kept.parent) as folder:
+        made, linked = [Path(folder) / f"{source.stem}.o" for source in SOURCES], Path(folder) / "functions.so"
+        commands = [[*options, "-c", str(source), "-o", str(to)] for source, to in zip(SOURCES, made, strict=True)]
+        # Linked apart: with -ffast-math, a library would switch denormal numbers off for the whole process, and with
+        # -fopenmp it might bring an OpenMP of its own, whose threads would stand in the way of torch's.
+        for command in (*commands, ["-shared", *map(str, made), "-o", str(linked)]):
+            subprocess.run([compiler, *command], check=True, capture_output=True, timeout=120)
+        linked.replace(kept)
+    return kept
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(next((line for line in lines if line.startswith(start)), "") for start in ("model name", "flags"))
