@@ -38,8 +38,15 @@ class KVCache(Cache):
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = [0] * batch_size
+        self.first_slots: Int[Tensor, " B"] = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        """Where the opened rows of each sequence begin."""
         self._slots: Int[Tensor, "B R"] | slice = slice(0, 0)
         self._view = slice(0, 0)
+        self._opened: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.keys.dtype
 
     @property
     def batch_size(self) -> int:
@@ -81,13 +88,18 @@ class KVCache(Cache):
         if end > self.capacity:
             self.reserve(end)
         base = self.num_soft + offset
+        self.first_slots = self.lengths_tensor() + base
         if first == last:
             self._slots = slice(base + last, base + last + num_rows)
         else:
-            self._slots = (
-                (self.lengths_tensor() + base)[:, None] + torch.arange(num_rows, device=self.keys.device)
-            )  # fmt: skip
+            self._slots = self.first_slots[:, None] + torch.arange(num_rows, device=self.keys.device)
         self._view = slice(0 if with_soft else self.num_soft, self.num_soft + end)
+        stores = (store[:, :, :, self._view].unbind(0) for store in (self.keys, self.values))
+        self._opened = list(zip(*stores, strict=True))
+
+    def opened(self, layer_idx: int) -> tuple[Float[Tensor, "B heads K head_dim"], Float[Tensor, "B heads K head_dim"]]:
+        """All keys and values of one layer up to the longest sequence's end, the opened rows included."""
+        return self._opened[layer_idx]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -100,7 +112,7 @@ class KVCache(Cache):
         else:
             keys[self._batch, :, self._slots] = key_states.transpose(1, 2)
             values[self._batch, :, self._slots] = value_states.transpose(1, 2)
-        return keys[:, :, self._view], values[:, :, self._view]
+        return self.opened(layer_idx)
 
     def row_mask(self, rows: Bool[Tensor, "B R W"], *, with_soft: bool | Bool[Tensor, "B R"]) -> Bool[Tensor, "B R K"]:
         """Mask over the keys `update` returns: every row sees its sequence's prefix, and of the W rows written behind

@@ -66,11 +66,12 @@ void turn_row(const T* __restrict__ x, const T* __restrict__ c, const T* __restr
 }
 
 // mixed [batch, rows, heads + 2 groups, width] -> queries [batch, heads, rows, width], keys and values [batch, groups,
-// rows, width]; queries and keys turned by cos and sin [batch, rows, width], after a norm by weights [heads + groups,
-// width] unless those are null
+// slots, width]; queries and keys turned by cos and sin [batch, rows, width], after a norm by weights [heads + groups,
+// width] unless those are null. The rows of each sequence go to the slots from firsts[batch] on.
 template <typename T>
-void rotate(const T* mixed, const T* cos, const T* sin, const T* weights, T* queries, T* keys, T* values, int64_t batch,
-            int64_t rows, int64_t heads, int64_t groups, int64_t width, float eps) {
+void rotate(const T* mixed, const T* cos, const T* sin, const T* weights, T* queries, T* keys, T* values,
+            const int64_t* firsts, int64_t slots, int64_t batch, int64_t rows, int64_t heads, int64_t groups, int64_t width,
+            float eps) {
     const int64_t half = width / 2, all = heads + 2 * groups;
 #pragma omp parallel for if (batch * rows * all * width > LIGHT)
     for (int64_t at = 0; at < batch * rows; at++) {
@@ -78,9 +79,10 @@ void rotate(const T* mixed, const T* cos, const T* sin, const T* weights, T* que
         const T *c = cos + at * width, *s = sin + at * width, *head = mixed + at * all * width;
         T normed[1024];
         for (int64_t h = 0; h < all; h++, head += width) {
+            const int64_t slot = firsts[b] + r;
             T* out = h < heads            ? queries + ((b * heads + h) * rows + r) * width
-                     : h < heads + groups ? keys + ((b * groups + h - heads) * rows + r) * width
-                                          : values + ((b * groups + h - heads - groups) * rows + r) * width;
+                     : h < heads + groups ? keys + ((b * groups + h - heads) * slots + slot) * width
+                                          : values + ((b * groups + h - heads - groups) * slots + slot) * width;
             if (h >= heads + groups) {
                 std::memcpy(out, head, width * sizeof(T));
                 continue;
@@ -200,9 +202,10 @@ template <typename T> void argmax(const T* x, int64_t* places, int64_t rows, int
     extern "C" void add_norm_##T(const T* x, const T* d, const T* w, T* t, T* o, int64_t rows, int64_t n, float eps) { \
         add_norm(x, d, w, t, o, rows, n, eps);                                                                        \
     }                                                                                                                 \
-    extern "C" void rotate_##T(const T* m, const T* c, const T* s, const T* w, T* q, T* k, T* v, int64_t batch,        \
-                               int64_t rows, int64_t heads, int64_t groups, int64_t n, float eps) {                    \
-        rotate(m, c, s, w, q, k, v, batch, rows, heads, groups, n, eps);                                               \
+    extern "C" void rotate_##T(const T* m, const T* c, const T* s, const T* w, T* q, T* k, T* v, const int64_t* firsts, \
+                               int64_t slots, int64_t batch, int64_t rows, int64_t heads, int64_t groups, int64_t n,   \
+                               float eps) {                                                                            \
+        rotate(m, c, s, w, q, k, v, firsts, slots, batch, rows, heads, groups, n, eps);                                \
     }                                                                                                                 \
     extern "C" void gate_##T(const T* x, T* o, int64_t rows, int64_t n) { gate(x, o, rows, n); }                       \
     extern "C" void quantize_##T(const T* x, int8_t* o, float* s, int64_t rows, int64_t n) {                           \

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int, Int8
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
+from confu.cache import KVCache, PrefixCache
 from confu.native import library
 
 SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16"}
@@ -54,6 +55,21 @@ class Rows:
         turned = turned * cos[:, :, None] + torch.cat([-right, left], dim=-1) * sin[:, :, None]
         queries, keys = turned.split([num_heads, num_turned - num_heads], dim=2)
         return queries.transpose(1, 2), keys.transpose(1, 2), mixed[:, :, num_turned:].transpose(1, 2)
+
+    def rotate_into(
+        self,
+        cache: KVCache | PrefixCache,
+        layer: int,
+        mixed: Float[Tensor, "B R heads W"],
+        cos: Float[Tensor, "#B R W"],
+        sin: Float[Tensor, "#B R W"],
+        num_heads: int,
+        norms: Float[Tensor, "HG W"] | None = None,
+        eps: float = 0.0,
+    ) -> tuple[Float[Tensor, "B H R W"], Float[Tensor, "B G K W"], Float[Tensor, "B G K W"]]:
+        """The same, with keys and values written into the opened rows of a cache; then all that it holds of them."""
+        queries, keys, values = self.rotate(mixed, cos, sin, num_heads, norms, eps)
+        return queries, *cache.update(keys, values, layer)
 
     def gate(self, gate_up: Float[Tensor, "B R W2"]) -> Float[Tensor, "B R W"]:
         """silu(first half) times second half."""
@@ -96,7 +112,7 @@ class NativeRows(Rows):
         pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
         kinds = {
             "add_norm": [pointer] * 5 + [count] * 2 + [number],
-            "rotate": [pointer] * 7 + [count] * 5 + [number],
+            "rotate": [pointer] * 8 + [count] * 6 + [number],
             "gate": [pointer] * 2 + [count] * 2,
             "quantize": [pointer] * 3 + [count] * 2,
             "scale": [pointer] * 4 + [count] * 2,
@@ -139,22 +155,61 @@ class NativeRows(Rows):
         norms: Float[Tensor, "HG W"] | None = None,
         eps: float = 0.0,
     ) -> tuple[Float[Tensor, "B H R W"], Float[Tensor, "B G R W"], Float[Tensor, "B G R W"]]:
-        batch, rows, heads, width = mixed.shape
-        few = batch * rows <= MOST_ROWS and width <= WIDEST_HEAD and mixed.dtype in SUFFIXES and mixed.is_cpu
-        alike = all(t is None or t.dtype == mixed.dtype for t in (cos, sin, norms))
-        if not (few and alike and mixed.is_contiguous()):
+        if not self._turns(mixed, cos, sin, norms):
             return super().rotate(mixed, cos, sin, num_heads, norms, eps)
-        num_groups = (heads - num_heads) // 2
+        batch, rows, heads, width = mixed.shape
+        keys, values = mixed.new_empty(2, batch, (heads - num_heads) // 2, rows, width)
+        places = keys.data_ptr(), values.data_ptr(), torch.zeros(batch, dtype=torch.int64), rows
+        return self._rotate(mixed, cos, sin, num_heads, norms, eps, *places), keys, values
+
+    def rotate_into(
+        self,
+        cache: KVCache | PrefixCache,
+        layer: int,
+        mixed: Float[Tensor, "B R heads W"],
+        cos: Float[Tensor, "#B R W"],
+        sin: Float[Tensor, "#B R W"],
+        num_heads: int,
+        norms: Float[Tensor, "HG W"] | None = None,
+        eps: float = 0.0,
+    ) -> tuple[Float[Tensor, "B H R W"], Float[Tensor, "B G K W"], Float[Tensor, "B G K W"]]:
+        if not (isinstance(cache, KVCache) and cache.dtype == mixed.dtype and self._turns(mixed, cos, sin, norms)):
+            return super().rotate_into(cache, layer, mixed, cos, sin, num_heads, norms, eps)
+        keys, values = cache.keys, cache.values
+        behind = layer * keys.stride(0) * keys.element_size()
+        places = keys.data_ptr() + behind, values.data_ptr() + behind, cache.first_slots, keys.shape[3]
+        return self._rotate(mixed, cos, sin, num_heads, norms, eps, *places), *cache.opened(layer)
+
+    def _turns(self, mixed: Tensor, cos: Tensor, sin: Tensor, norms: Tensor | None) -> bool:
+        batch, rows, _, width = mixed.shape
+        few = batch * rows <= MOST_ROWS and width <= WIDEST_HEAD and mixed.dtype in SUFFIXES and mixed.is_cpu
+        return few and mixed.is_contiguous() and all(t is None or t.dtype == mixed.dtype for t in (cos, sin, norms))
+
+    def _rotate(
+        self,
+        mixed: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        num_heads: int,
+        norms: Tensor | None,
+        eps: float,
+        keys: int,
+        values: int,
+        first_slots: Int[Tensor, " B"],
+        num_slots: int,
+    ) -> Float[Tensor, "B H R W"]:
+        """Writes keys and values where the two addresses say, returns queries."""
+        batch, rows, heads, width = mixed.shape
         queries = mixed.new_empty(batch, num_heads, rows, width)
-        keys, values = mixed.new_empty(2, batch, num_groups, rows, width)
         cos, sin = cos.expand(batch, -1, -1).contiguous(), sin.expand(batch, -1, -1).contiguous()
         # fmt: off
         self._functions["rotate", mixed.dtype](
             mixed.data_ptr(), cos.data_ptr(), sin.data_ptr(), None if norms is None else norms.data_ptr(),
-            queries.data_ptr(), keys.data_ptr(), values.data_ptr(), batch, rows, num_heads, num_groups, width, eps,
+            queries.data_ptr(), keys, values, first_slots.data_ptr(), num_slots, batch, rows, num_heads,
+            (heads - num_heads) // 2, width, eps,
         )
         # fmt: on
-        return queries, keys, values
+        return queries
 
     def gate(self, gate_up: Float[Tensor, "B R W2"]) -> Float[Tensor, "B R W"]:
         if not self._serves(gate_up):

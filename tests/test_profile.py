@@ -1,6 +1,7 @@
 """confu bench --profile: parts that add up to the round, functions put back, traces that open, the command."""
 
 import json
+import re
 import time
 
 import naive
@@ -27,7 +28,7 @@ TREE = TreeConfig(nodes=8, depth=3, topk=3)
 PROMPT = [3, 1, 4, 1, 5]
 PLACES = [
     *((kind, "__call__") for kind in (linear.Product, linear.PackedProduct, linear.Int8Product)),
-    *((type(rows()), name) for name in ("add_norm", "rotate", "gate", "quantize", "rescale")),
+    *((type(rows()), name) for name in ("add_norm", "rotate", "rotate_into", "gate", "quantize", "rescale")),
     (Attention, "__call__"),
     (torch.nn.functional, "scaled_dot_product_attention"),
     *((generate._Running, name) for name in ("emit", "note_cached", "drop_finished")),
@@ -180,9 +181,9 @@ def test_profile_table_for_people(capsys, tmp_path):
     assert status == 0
     header, *lines = out.splitlines()
     assert header.split() == ["ms,", "%", "plain", "mine/x"]
-    rows = {line[:23].strip(): line[23:].split() for line in lines}
-    assert rows["a round"][1::2] == ["100.0", "100.0"]
-    assert 0 < float(rows["a round"][0]) < 1000 * took
+    rows = {label: cells for label, *cells in (re.split("  +", line.strip()) for line in lines)}
+    assert [cell.split()[1] for cell in rows["a round"]] == ["100.0", "100.0"]
+    assert 0 < float(rows["a round"][0].split()[0]) < 1000 * took
     assert rows["draft grow: products"][0] == "–"
     assert lines[-1] == str(tmp_path / "out" / "trace-mine-x.json")
     assert "2 questions of questions.jsonl, target in float32 on cpu" in err

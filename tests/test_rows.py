@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from confu.cache import KVCache, PrefixCache
 from confu.native import library
 from confu.rows import MOST_ROWS, WIDEST_HEAD, NativeRows, Rows
 
@@ -77,6 +78,39 @@ def test_rotate(native, dtype, with_norms, one_turn, batch, num_rows, heads, gro
     assert torch.equal(ours[2], theirs[2])  # values are only moved
     largest = mixed.abs().max().item() * (norms.abs().max().item() if norms is not None else 1)
     same(ours, theirs, steps=4 if dtype == torch.float32 else 1, of=largest)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [(0, 0), (5, 5), (6, 2)])
+@pytest.mark.parametrize("with_soft", [False, True])
+def test_rotate_into(native, dtype, lengths, with_soft):
+    """As torch writes, in every sequence at its own place, and nowhere else."""
+    caches = [KVCache(3, 2, 3, 16, 8, dtype=dtype, device="cpu", num_soft=2) for _ in range(2)]
+    mixed, cos, sin = (random(2, 4, *rest, seed=s, dtype=dtype) for s, rest in enumerate([(15, 8), (8,), (8,)]))
+    for cache in caches:
+        for store in (cache.keys, cache.values):
+            store.copy_(random(*store.shape, seed=3))
+        cache.advance(list(lengths))
+        cache.open_rows(4, offset=3, with_soft=with_soft)
+    ours, theirs = (r.rotate_into(c, 1, mixed, cos, sin, 9) for r, c in zip((native, Rows()), caches, strict=True))
+    same(ours, theirs, steps=4 if dtype == torch.float32 else 1, of=5)
+    assert ours[1].data_ptr() == caches[0].opened(1)[0].data_ptr()
+    same([caches[0].values], [caches[1].values], steps=0)
+    same([caches[0].keys], [caches[1].keys], steps=4 if dtype == torch.float32 else 1, of=5)
+
+
+def test_rotate_into_what_is_no_such_cache(native):
+    """A cache of another type, and one that only joins a prefix with the rows, are torch's."""
+    mixed, cos, sin = random(2, 4, 15, 8), random(2, 4, 8, seed=1), random(2, 4, 8, seed=2)
+    cache = KVCache(3, 2, 3, 16, 8, dtype=torch.bfloat16, device="cpu")
+    cache.open_rows(4)
+    _, keys, values = native.rotate(mixed, cos, sin, 9)
+    ours = native.rotate_into(cache, 2, mixed, cos, sin, 9)
+    same(ours[1:], [keys.bfloat16(), values.bfloat16()], steps=0)
+    cache.open_rows(0)
+    soft = random(3, 3, 1, 8)
+    ours = native.rotate_into(PrefixCache(cache, soft, soft), 2, mixed, cos, sin, 9)
+    same(ours[1:], [torch.cat([soft[2].expand(2, -1, -1, -1), x], 2) for x in (keys, values)], steps=0)
 
 
 def test_rotate_reads_the_turn_of_its_own_sequence(native):
