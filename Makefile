@@ -34,7 +34,7 @@ test: setup  ## lint, format check, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test-vllm: setup  ## let vLLM serve an exported draft, in an environment of its own, and compare it with ours
 	$(BIN)/python benchmarks/engine_vllm.py

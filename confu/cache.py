@@ -42,7 +42,6 @@ class KVCache(Cache):
         """Where the opened rows of each sequence begin."""
         self._slots: Int[Tensor, "B R"] | slice = slice(0, 0)
         self._view = slice(0, 0)
-        self._opened: list[tuple[Tensor, Tensor]] = []
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,12 +93,10 @@ class KVCache(Cache):
         else:
             self._slots = self.first_slots[:, None] + torch.arange(num_rows, device=self.keys.device)
         self._view = slice(0 if with_soft else self.num_soft, self.num_soft + end)
-        stores = (store[:, :, :, self._view].unbind(0) for store in (self.keys, self.values))
-        self._opened = list(zip(*stores, strict=True))
 
     def opened(self, layer_idx: int) -> tuple[Float[Tensor, "B heads K head_dim"], Float[Tensor, "B heads K head_dim"]]:
         """All keys and values of one layer up to the longest sequence's end, the opened rows included."""
-        return self._opened[layer_idx]
+        return self.keys[layer_idx, :, :, self._view], self.values[layer_idx, :, :, self._view]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 FILE = "tuned.json"
 SCHEMA_VERSION = 1
-ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
+ROWS = (1, 2, 4, 8, 12, 16, 17, 24, 32, 33, 48, 49, 64, 96, 128, 256)  # kernels take rows by sixteen
 BATCHES = (1, 2, 4, 8, 16)
 PREFIX = 256  # tokens in the cache
 ACCEPTED = 3  # tokens that a round's commit reads

@@ -166,13 +166,12 @@ def lossless_view(report: Report) -> Group:
 def tuning_view(found: Tuning) -> Group:
     """What rounds cost, how each tree did, and the limits chosen."""
     costs = found.costs
-    cost_table = Table("milliseconds", box=None, pad_edge=False)
-    for size, _ in costs.verify:
-        cost_table.add_column(str(size), justify="right")
-    cost_table.add_row("verify, by rows", *(f"{ms:.1f}" for _, ms in costs.verify))
-    for name, points in (("level, by sequences", costs.level), ("commit, by sequences", costs.commit)):
-        known = dict(points)
-        cost_table.add_row(name, *(f"{known[size]:.1f}" if size in known else "" for size, _ in costs.verify))
+    cost_table = Table(box=None, pad_edge=False)
+    for name in ("rows, sequences", "ms to verify", "to draft a level", "to read a round"):
+        cost_table.add_column(name, justify="right")
+    kinds = [dict(points) for points in (costs.verify, costs.level, costs.commit)]
+    for size in sorted(set().union(*kinds)):
+        cost_table.add_row(str(size), *(f"{known[size]:.1f}" if size in known else "" for known in kinds))
     trials = Table("tree", box=None, pad_edge=False)
     for name in ("tok/s", "speed-up", "tau", "nodes per round"):
         trials.add_column(name, justify="right")
