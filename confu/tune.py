@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,7 +43,7 @@ BATCHES = (1, 2, 4, 8, 16)
 PREFIX = 256  # tokens in the cache
 ACCEPTED = 3  # tokens that a round's commit reads
 LEVELS = (1, 5)
-REPEATS = 5
+REPEATS = 7
 TREES = (
     TreeConfig(nodes=64, depth=8, topk=10),
     TreeConfig(nodes=64, depth=8, topk=6),
@@ -150,7 +151,8 @@ def _trials(
 
 @torch.inference_mode()
 def measure(decoder: Decoder, drafter: TreeDrafter) -> Costs:
-    """The cost model of this machine: medians, sizes in turns."""
+    """The cost model of this machine: medians, all kinds and sizes in turns, so that a moment's disturbance hits all of
+    them, and none much."""
     target = decoder.target
     prefix = min(PREFIX, target.max_positions - 1)
     tokens = (torch.arange(prefix, device=target.device) % target.vocab_size)[None]
@@ -165,32 +167,27 @@ def measure(decoder: Decoder, drafter: TreeDrafter) -> Costs:
         cache.keep(step.path, step.counts)
         cache.truncate([prefix])
 
-    verified = _medians({rows: lambda rows=rows: verify(rows) for rows in ROWS}, target.device)
-
     states = {batch: _committed(drafter, batch) for batch in BATCHES}
-    grown = _medians(
-        {
-            (batch, depth): lambda state=state, depth=depth: drafter.grow(state, TreeConfig(nodes=64, depth=depth))
-            for batch, (state, _) in states.items()
-            for depth in LEVELS
-        },
-        target.device,
-    )
 
-    def commit(state: Any, accepted: Accepted) -> None:
+    def grow(batch: int, depth: int) -> None:
+        drafter.grow(states[batch][0], TreeConfig(nodes=64, depth=depth))
+
+    def commit(batch: int) -> None:
+        state, accepted = states[batch]
         drafter.commit(state, accepted)
         state.truncate([length - ACCEPTED for length in state.lengths])
 
-    committed = _medians(
-        {batch: lambda state=state, new=new: commit(state, new) for batch, (state, new) in states.items()},
-        target.device,
-    )
     first, last = LEVELS
-    level = {b: max(0.0, grown[b, last] - grown[b, first]) / (last - first) for b in BATCHES}
+    runs: dict[Any, Callable[[], None]] = {("verify", rows): partial(verify, rows) for rows in ROWS}
+    for batch in BATCHES:
+        runs["commit", batch] = partial(commit, batch)
+        runs |= {("grow", batch, depth): partial(grow, batch, depth) for depth in LEVELS}
+    took = _medians(runs, target.device)
+    level = {b: max(0.0, took["grow", b, last] - took["grow", b, first]) / (last - first) for b in BATCHES}
     return Costs(
-        tuple(verified.items()),
+        tuple((rows, took["verify", rows]) for rows in ROWS),
         tuple(level.items()),
-        tuple((batch, committed[batch] + grown[batch, first]) for batch in BATCHES),
+        tuple((batch, took["commit", batch] + took["grow", batch, first]) for batch in BATCHES),
     )
 
 

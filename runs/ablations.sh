@@ -31,6 +31,7 @@ read -ra arms <<< "${ARMS:-control confu no-mixtures no-prompts router-token l-4
 drafts=()
 for arm in "${arms[@]}"; do
     read -ra options <<< "${changed[$arm]}"
+    case "$arm" in control | l-*) ;; *) options+=(--replication 1) ;; esac
     recipe=recipes/smollm2-135m-confu.toml
     if [ "$arm" = control ]; then recipe=recipes/smollm2-135m-control.toml; fi
     if [ ! -e "$out/$arm/final/model.safetensors" ]; then
@@ -42,7 +43,7 @@ for arm in "${arms[@]}"; do
     kept=benchmarks/results/training/$name-$arm
     mkdir -p "$kept"
     cp "$out/$arm/metrics.jsonl" "$out/$arm/config.json" "$kept/"
-    echo "ablation: ${changed[$arm]:-as the recipe says}; tau in the table of tau-$name" > "$kept/note.txt"
+    echo "ablation: ${changed[$arm]:-nothing else}; tau in the table of tau-$name" > "$kept/note.txt"
     drafts+=("$arm=$out/$arm/final")
 done
 "$bin/python" benchmarks/tau.py "$PROMPTS" --drafts "${drafts[@]}" --batch-size 14 \
