@@ -72,4 +72,4 @@ def test_commands_are_known(run, script, environment):
 def test_a_run_that_is_not_known(run):
     status, calls, errors = run("reproduce.sh", RUNS="speed")
     assert (status, calls) == (2, [])
-    assert "RUNS names speed; give some of tuned, int8, t0" in errors
+    assert "RUNS names speed; give some of tuned, peers, int8, t0" in errors
