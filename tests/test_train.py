@@ -17,7 +17,7 @@ from tiny_data import ROWS, VOCAB, byte_tokenizer, taught_target, tiny_draft, ti
 from confu.config import FUTURE_FORMS, SamplingConfig, TrainConfig, TreeConfig, to_json
 from confu.contemplate import Mixture
 from confu.data.corpus import Batch, read_corpus
-from confu.draft import DraftModel
+from confu.draft import DraftModel, load_draft_config
 from confu.drafter import TreeDrafter
 from confu.generate import Decoder
 from confu.stats import Stats
@@ -230,8 +230,11 @@ def test_what_a_run_does_not_follow_is_said(recipe, target, halfway, tmp_path):
     first = train(dataclasses.replace(confu(short, halfway), out=str(tmp_path / "first")), target, TOKENIZER)
     more = dataclasses.replace(confu(short, first), out=str(tmp_path / "more"), num_experts=2, draft_vocab_size=8192)
     said.clear()
-    train(more, target, TOKENIZER, notice=said.append)
+    more = train(dataclasses.replace(more, replication=2), target, TOKENIZER, notice=said.append)
     assert said == ["The draft to go on from keeps its num_experts 3 (not 2)."]
+    found = [load_draft_config(folder) for folder in (first, more)]
+    assert [config.replication for config in found] == [4, 2]  # l is how a draft is trained, and follows the recipe
+    assert [config.num_experts for config in found] == [3, 3]
 
 
 # ---------------------------------------------------------------- optimisation
