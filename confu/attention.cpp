@@ -80,8 +80,7 @@ struct Scratch {  // of one thread
 struct Call {
     const uint16_t *queries, *keys, *values;
     const uint8_t* mask;
-    uint16_t* out;
-    int64_t batch, heads, groups, rows, num_keys, width, batch_stride, group_stride;
+    int64_t heads, groups, rows, num_keys, width, batch_stride, group_stride;
     float scale;
     int64_t per_group() const { return heads / groups; }
     int64_t folded() const { return per_group() * rows; }  // query rows of a group
@@ -216,12 +215,12 @@ extern "C" int64_t attention_widest() {  // 0: this machine cannot
 extern "C" void attention_bf16(const uint16_t* queries, const uint16_t* keys, const uint16_t* values, const uint8_t* mask,
                                uint16_t* out, int64_t batch, int64_t heads, int64_t groups, int64_t rows, int64_t num_keys,
                                int64_t width, int64_t batch_stride, int64_t group_stride, float scale) {
-    const Call c{queries, keys,     values, mask,  out,          batch,        heads,
-                 groups,  rows,     num_keys, width, batch_stride, group_stride, scale};
+    const Call c{queries, keys, values, mask, heads, groups, rows, num_keys, width, batch_stride, group_stride, scale};
     const int64_t pieces = c.pieces(), padded = (c.folded() + TILE - 1) / TILE * TILE;
     static thread_local std::vector<float> partial, stats;
-    if (int64_t(partial.size()) < batch * groups * pieces * padded * width) partial.resize(batch * groups * pieces * padded * width);
-    if (int64_t(stats.size()) < batch * groups * pieces * padded * 2) stats.resize(batch * groups * pieces * padded * 2);
+    const size_t results = batch * groups * pieces * padded;
+    if (stats.size() < results * 2) stats.resize(results * 2);
+    if (partial.size() < results * width) partial.resize(results * width);
     float *all_partial = partial.data(), *all_stats = stats.data();
 #pragma omp parallel
     {

@@ -122,7 +122,7 @@ class _Layer:
         batch, num_rows, _ = hidden.shape
         hidden, normed = rows().add_norm(hidden, delta, self.attention_norm, self.eps)
         mixed = self.qkv(normed).view(batch, num_rows, -1, self.head_dim)
-        turned = rows().rotate_into(cache, index, mixed, *turn, self.num_heads, self.head_norms, self.eps)
+        turned = rows().rotate(mixed, *turn, self.num_heads, self.head_norms, self.eps, (cache, index))
         attended = self.out(attend(*turned))
         between, normed = rows().add_norm(hidden, attended, self.mlp_norm, self.eps)
         return hidden, between, self.down(rows().gate(self.gate_up(normed)))

@@ -44,9 +44,11 @@ class Rows:
         num_heads: int,
         norms: Float[Tensor, "HG W"] | None = None,
         eps: float = 0.0,
-    ) -> tuple[Float[Tensor, "B H R W"], Float[Tensor, "B G R W"], Float[Tensor, "B G R W"]]:
+        into: tuple[KVCache | PrefixCache, int] | None = None,
+    ) -> tuple[Float[Tensor, "B H R W"], Float[Tensor, "B G K W"], Float[Tensor, "B G K W"]]:
         """Queries, keys and values out of one product: H, G and G heads side by side. Queries and keys are turned to
-        their positions, after a norm of every head by ``norms`` where there are any."""
+        their positions, after a norm of every head by ``norms`` where there are any. ``into`` a cache and one of its
+        layers, keys and values are written to the opened rows, and all that it holds of them is returned."""
         num_turned = (mixed.shape[2] + num_heads) // 2
         turned = mixed[:, :, :num_turned]
         if norms is not None:
@@ -54,22 +56,8 @@ class Rows:
         left, right = turned.chunk(2, dim=-1)
         turned = turned * cos[:, :, None] + torch.cat([-right, left], dim=-1) * sin[:, :, None]
         queries, keys = turned.split([num_heads, num_turned - num_heads], dim=2)
-        return queries.transpose(1, 2), keys.transpose(1, 2), mixed[:, :, num_turned:].transpose(1, 2)
-
-    def rotate_into(
-        self,
-        cache: KVCache | PrefixCache,
-        layer: int,
-        mixed: Float[Tensor, "B R heads W"],
-        cos: Float[Tensor, "#B R W"],
-        sin: Float[Tensor, "#B R W"],
-        num_heads: int,
-        norms: Float[Tensor, "HG W"] | None = None,
-        eps: float = 0.0,
-    ) -> tuple[Float[Tensor, "B H R W"], Float[Tensor, "B G K W"], Float[Tensor, "B G K W"]]:
-        """The same, with keys and values written into the opened rows of a cache; then all that it holds of them."""
-        queries, keys, values = self.rotate(mixed, cos, sin, num_heads, norms, eps)
-        return queries, *cache.update(keys, values, layer)
+        queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, mixed[:, :, num_turned:]))
+        return (queries, keys, values) if into is None else (queries, *into[0].update(keys, values, into[1]))
 
     def gate(self, gate_up: Float[Tensor, "B R W2"]) -> Float[Tensor, "B R W"]:
         """silu(first half) times second half."""
@@ -154,62 +142,34 @@ class NativeRows(Rows):
         num_heads: int,
         norms: Float[Tensor, "HG W"] | None = None,
         eps: float = 0.0,
-    ) -> tuple[Float[Tensor, "B H R W"], Float[Tensor, "B G R W"], Float[Tensor, "B G R W"]]:
-        if not self._turns(mixed, cos, sin, norms):
-            return super().rotate(mixed, cos, sin, num_heads, norms, eps)
-        batch, rows, heads, width = mixed.shape
-        keys, values = mixed.new_empty(2, batch, (heads - num_heads) // 2, rows, width)
-        places = keys.data_ptr(), values.data_ptr(), torch.zeros(batch, dtype=torch.int64), rows
-        return self._rotate(mixed, cos, sin, num_heads, norms, eps, *places), keys, values
-
-    def rotate_into(
-        self,
-        cache: KVCache | PrefixCache,
-        layer: int,
-        mixed: Float[Tensor, "B R heads W"],
-        cos: Float[Tensor, "#B R W"],
-        sin: Float[Tensor, "#B R W"],
-        num_heads: int,
-        norms: Float[Tensor, "HG W"] | None = None,
-        eps: float = 0.0,
+        into: tuple[KVCache | PrefixCache, int] | None = None,
     ) -> tuple[Float[Tensor, "B H R W"], Float[Tensor, "B G K W"], Float[Tensor, "B G K W"]]:
-        if not (isinstance(cache, KVCache) and cache.dtype == mixed.dtype and self._turns(mixed, cos, sin, norms)):
-            return super().rotate_into(cache, layer, mixed, cos, sin, num_heads, norms, eps)
-        keys, values = cache.keys, cache.values
-        behind = layer * keys.stride(0) * keys.element_size()
-        places = keys.data_ptr() + behind, values.data_ptr() + behind, cache.first_slots, keys.shape[3]
-        return self._rotate(mixed, cos, sin, num_heads, norms, eps, *places), *cache.opened(layer)
-
-    def _turns(self, mixed: Tensor, cos: Tensor, sin: Tensor, norms: Tensor | None) -> bool:
-        batch, rows, _, width = mixed.shape
-        few = batch * rows <= MOST_ROWS and width <= WIDEST_HEAD and mixed.dtype in SUFFIXES and mixed.is_cpu
-        return few and mixed.is_contiguous() and all(t is None or t.dtype == mixed.dtype for t in (cos, sin, norms))
-
-    def _rotate(
-        self,
-        mixed: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        num_heads: int,
-        norms: Tensor | None,
-        eps: float,
-        keys: int,
-        values: int,
-        first_slots: Int[Tensor, " B"],
-        num_slots: int,
-    ) -> Float[Tensor, "B H R W"]:
-        """Writes keys and values where the two addresses say, returns queries."""
+        cache, layer = into or (None, 0)
+        if cache is not None and not (isinstance(cache, KVCache) and cache.dtype == mixed.dtype):
+            queries, keys, values = self.rotate(mixed, cos, sin, num_heads, norms, eps)
+            return queries, *cache.update(keys, values, layer)
         batch, rows, heads, width = mixed.shape
+        few = batch * rows <= MOST_ROWS and width <= WIDEST_HEAD and mixed.dtype in SUFFIXES and mixed.is_cpu
+        alike = all(t is None or t.dtype == mixed.dtype for t in (cos, sin, norms))
+        if not (few and alike and mixed.is_contiguous()):
+            return super().rotate(mixed, cos, sin, num_heads, norms, eps, into)
+        num_groups = (heads - num_heads) // 2
         queries = mixed.new_empty(batch, num_heads, rows, width)
+        if cache is None:
+            keys, values = found = mixed.new_empty(2, batch, num_groups, rows, width).unbind()
+            first_slots = torch.zeros(batch, dtype=torch.int64)
+        else:
+            keys, values, found = cache.keys[layer], cache.values[layer], cache.opened(layer)
+            first_slots = cache.first_slots
         cos, sin = cos.expand(batch, -1, -1).contiguous(), sin.expand(batch, -1, -1).contiguous()
         # fmt: off
         self._functions["rotate", mixed.dtype](
             mixed.data_ptr(), cos.data_ptr(), sin.data_ptr(), None if norms is None else norms.data_ptr(),
-            queries.data_ptr(), keys, values, first_slots.data_ptr(), num_slots, batch, rows, num_heads,
-            (heads - num_heads) // 2, width, eps,
+            queries.data_ptr(), keys.data_ptr(), values.data_ptr(), first_slots.data_ptr(), keys.shape[2], batch, rows,
+            num_heads, num_groups, width, eps,
         )
         # fmt: on
-        return queries
+        return queries, found[0], found[1]
 
     def gate(self, gate_up: Float[Tensor, "B R W2"]) -> Float[Tensor, "B R W"]:
         if not self._serves(gate_up):

@@ -92,7 +92,7 @@ def test_rotate_into(native, dtype, lengths, with_soft):
             store.copy_(random(*store.shape, seed=3))
         cache.advance(list(lengths))
         cache.open_rows(4, offset=3, with_soft=with_soft)
-    ours, theirs = (r.rotate_into(c, 1, mixed, cos, sin, 9) for r, c in zip((native, Rows()), caches, strict=True))
+    ours, theirs = (r.rotate(mixed, cos, sin, 9, into=(c, 1)) for r, c in zip((native, Rows()), caches, strict=True))
     same(ours, theirs, steps=4 if dtype == torch.float32 else 1, of=5)
     assert ours[1].data_ptr() == caches[0].opened(1)[0].data_ptr()
     same([caches[0].values], [caches[1].values], steps=0)
@@ -105,11 +105,11 @@ def test_rotate_into_what_is_no_such_cache(native):
     cache = KVCache(3, 2, 3, 16, 8, dtype=torch.bfloat16, device="cpu")
     cache.open_rows(4)
     _, keys, values = native.rotate(mixed, cos, sin, 9)
-    ours = native.rotate_into(cache, 2, mixed, cos, sin, 9)
+    ours = native.rotate(mixed, cos, sin, 9, into=(cache, 2))
     same(ours[1:], [keys.bfloat16(), values.bfloat16()], steps=0)
     cache.open_rows(0)
     soft = random(3, 3, 1, 8)
-    ours = native.rotate_into(PrefixCache(cache, soft, soft), 2, mixed, cos, sin, 9)
+    ours = native.rotate(mixed, cos, sin, 9, into=(PrefixCache(cache, soft, soft), 2))
     same(ours[1:], [torch.cat([soft[2].expand(2, -1, -1, -1), x], 2) for x in (keys, values)], steps=0)
 
 
