@@ -38,8 +38,8 @@ class KVCache(Cache):
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = [0] * batch_size
-        self.first_slots: Int[Tensor, " B"] = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        """Where the opened rows of each sequence begin."""
+        self._offset = num_soft
+        self._first_slots: Int[Tensor, " B"] | None = None
         self._slots: Int[Tensor, "B R"] | slice = slice(0, 0)
         self._view = slice(0, 0)
 
@@ -86,13 +86,20 @@ class KVCache(Cache):
         end = last + offset + num_rows
         if end > self.capacity:
             self.reserve(end)
-        base = self.num_soft + offset
-        self.first_slots = self.lengths_tensor() + base
+        base = self._offset = self.num_soft + offset
+        self._first_slots = None
         if first == last:
             self._slots = slice(base + last, base + last + num_rows)
         else:
             self._slots = self.first_slots[:, None] + torch.arange(num_rows, device=self.keys.device)
         self._view = slice(0 if with_soft else self.num_soft, self.num_soft + end)
+
+    @property
+    def first_slots(self) -> Int[Tensor, " B"]:
+        """Where the opened rows of each sequence begin; made when first asked for, since it goes to the device."""
+        if self._first_slots is None:
+            self._first_slots = self.lengths_tensor() + self._offset
+        return self._first_slots
 
     def opened(self, layer_idx: int) -> tuple[Float[Tensor, "B heads K head_dim"], Float[Tensor, "B heads K head_dim"]]:
         """All keys and values of one layer up to the longest sequence's end, the opened rows included."""
