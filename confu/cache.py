@@ -38,6 +38,9 @@ class KVCache(Cache):
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = [0] * batch_size
+        # Index of each sequence. (Of all ways to write rows at places that differ by sequence, indexing alone does not
+        # read the whole cache in bfloat16.)
+        self._batch: Int[Tensor, "B 1"] = torch.arange(batch_size, device=device)[:, None]
         self._offset = num_soft
         self._first_slots: Int[Tensor, " B"] | None = None
         self._slots: Int[Tensor, "B R"] | slice = slice(0, 0)
@@ -60,12 +63,6 @@ class KVCache(Cache):
     def num_soft_keys(self) -> int:
         """Soft prompts among the keys that the next `update` returns."""
         return self.num_soft - self._view.start
-
-    @property
-    def _batch(self) -> Int[Tensor, "B 1"]:
-        """Index of each sequence. (Of all ways to write rows at places that differ by sequence, indexing alone does
-        not read the whole cache in bfloat16.)"""
-        return torch.arange(len(self.lengths), device=self.keys.device)[:, None]
 
     def lengths_tensor(self) -> Int[Tensor, " B"]:
         return torch.tensor(self.lengths, device=self.keys.device)
@@ -93,6 +90,21 @@ class KVCache(Cache):
         else:
             self._slots = self.first_slots[:, None] + torch.arange(num_rows, device=self.keys.device)
         self._view = slice(0 if with_soft else self.num_soft, self.num_soft + end)
+
+    def open_at(self, first_slots: Int[Tensor, " B"], num_rows: int) -> None:
+        """As `open_rows`, where a tensor on the device says where the rows of each sequence begin, so that a CUDA graph
+        can read it anew each time; all slots are keys."""
+        self._first_slots = first_slots
+        self._slots = first_slots[:, None] + torch.arange(num_rows, device=first_slots.device)
+        self._view = slice(0, self.keys.shape[3])
+
+    def copy_first_slots(self, into: Int[Tensor, " B"]) -> None:
+        """Write where the opened rows begin into a tensor on the device; the host need not wait for it where all
+        sequences are equally long."""
+        if isinstance(self._slots, slice):
+            into.fill_(self._slots.start)
+        else:
+            into.copy_(self.first_slots)
 
     @property
     def first_slots(self) -> Int[Tensor, " B"]:
@@ -165,6 +177,7 @@ class KVCache(Cache):
         index = torch.tensor(sequences, device=self.keys.device)
         self.keys, self.values = self.keys.index_select(1, index), self.values.index_select(1, index)
         self.lengths = [self.lengths[i] for i in sequences]
+        self._batch = self._batch[: len(sequences)]
 
     def reserve(self, capacity: int) -> None:
         """Grow to at least ``capacity`` tokens, by half of what there was at least, so that growing stays rare."""
