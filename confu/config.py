@@ -80,6 +80,8 @@ class ComputeConfig:
     """cpu, cuda, cuda:1 ...; auto is cuda where there is one."""
     quantization: str | None = None
     """int8 rounds the target's weights (CPU): faster, and another target, which the output then follows exactly."""
+    compile: bool = False
+    """Record the target's forwards as CUDA graphs and replay them: a small model then no longer waits for launches."""
 
 
 SWEEPABLE = tuple(field.name for field in dataclasses.fields(TreeConfig))

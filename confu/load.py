@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -10,6 +12,7 @@ from confu.draft import DraftModel, load_draft_config
 from confu.drafter import Drafter, TreeDrafter
 from confu.forward import Forward, ModelForward
 from confu.generate import Decoder
+from confu.graphs import CudaGraphs, GraphForward, check_compile
 from confu.linear import check_quantization, pack_linears
 from confu.llama import LlamaForward, is_llama_like
 from confu.memory import forget_mapped
@@ -29,6 +32,7 @@ def load_decoder(
     dtype: str = "auto",
     device: str = "auto",
     quantization: str | None = None,
+    compile: bool = False,
     tree: TreeConfig | None = None,
     progress: Progress | None = None,
 ) -> Decoder:
@@ -36,7 +40,8 @@ def load_decoder(
 
     ``draft`` is a trained draft (shipped name, folder or Hub id), ``lookup``, ``draft-model:NAME`` for a smaller model
     of the same vocabulary, or None for plain decoding. The target's weights are laid out for decoding
-    (`pack`), and rounded with ``quantization``.
+    (`pack`), and rounded with ``quantization``; with ``compile``, its forwards over few rows are replayed as CUDA
+    graphs (`graphs.py`).
 
     Raises ValueError for names, files and settings that do not fit, ModelUnavailable for what cannot be had now.
     """
@@ -45,9 +50,10 @@ def load_decoder(
     name = target_name(draft, target)
     # A draft is read first: it is small, and most mistakes show there.
     check_quantization(quantization, place)
+    check_compile(compile, place)
     network = read_network(draft, precision, place)
     model, tokenizer = load_target_model(name, dtype=precision, device=place, progress=progress)
-    return join(draft, network, model, pack(model, quantization), tokenizer, tree, progress=progress)
+    return join(draft, network, model, pack(model, quantization, compile=compile), tokenizer, tree, progress=progress)
 
 
 def load_target(
@@ -65,11 +71,26 @@ def read_network(draft: str | None, dtype: torch.dtype, device: str) -> DraftMod
     return DraftModel.load(draft_path(draft), dtype=dtype, device=device)
 
 
-def pack(model: PreTrainedModel, quantization: str | None = None) -> Forward:
-    """The model's weights laid out for decoding. The model gives its own up: it keeps embeddings and configuration."""
+def pack(model: PreTrainedModel, quantization: str | None = None, *, compile: bool = False) -> Forward:
+    """The model's weights laid out for decoding. The model gives its own up: it keeps embeddings and configuration.
+
+    Raises ValueError with ``compile`` for a model whose forward cannot be recorded.
+    """
     if is_llama_like(model):
+        decoder: Any = model.get_decoder()
+        if compile and decoder.rotary_emb.rope_type == "dynamic":
+            raise ValueError(
+                "The target's rotary frequencies change with the length of the text (dynamic), which no CUDA graph can "
+                "follow; leave compile out."
+            )
         _leave_file(model)
-        return LlamaForward(model, quantization, release=True)
+        forward = LlamaForward(model, quantization, release=True)
+        return GraphForward(forward, CudaGraphs(model.device)) if compile else forward
+    if compile:
+        raise ValueError(
+            f"{type(model).__name__} runs through transformers' code, which is not recorded; compile takes Llama, "
+            "Mistral, Qwen2, Qwen3 and what is built like them. Leave compile out."
+        )
     pack_linears(model, quantization)
     return ModelForward(model, quantization)
 
@@ -110,7 +131,7 @@ def join(
         small, _ = load_target_model(
             draft.removeprefix(DRAFT_MODEL), dtype=model.dtype, device=str(model.device), progress=progress
         )
-        drafter = Assistant(verifier, Target(small, UNREAD, forward=pack(small)))
+        drafter = Assistant(verifier, Target(small, UNREAD, forward=pack(small, compile=verifier.compiled)))
     return Decoder(verifier, drafter, tokenizer, tree)
 
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from confu.cache import KVCache
 from confu.contemplate import Contemplation, tree_rows_mask
 from confu.forward import Forward, ModelForward
+from confu.graphs import GraphForward
 from confu.tree import Tree, take
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
@@ -83,6 +84,11 @@ class Target:
     def quantization(self) -> str | None:
         """How the weights are rounded, if they are."""
         return self.forward_rows.quantization
+
+    @property
+    def compiled(self) -> bool:
+        """Whether forwards over few rows are replayed as CUDA graphs."""
+        return isinstance(self.forward_rows, GraphForward)
 
     @property
     def eos_ids(self) -> frozenset[int]:

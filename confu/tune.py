@@ -227,7 +227,9 @@ def machine_key(decoder: Decoder) -> str:
     parts = [device_name(str(target.device)), str(target.dtype).removeprefix("torch.")]
     if target.device.type == "cpu":
         parts.insert(1, f"{torch.get_num_threads()} threads")
-    return ", ".join([*parts, *([target.quantization] if target.quantization else [])])
+    if target.quantization:
+        parts.append(target.quantization)
+    return ", ".join([*parts, *(["compiled"] if target.compiled else [])])
 
 
 def write(folder: Path, decoder: Decoder, tuning: Tuning) -> Path:

@@ -8,12 +8,15 @@ from naive import METHODS, build_draft, greedy
 from test_objective import BATCH, trainable
 from tiny_data import tiny_draft
 
+from confu import graphs
 from confu.config import SamplingConfig, TreeConfig
 from confu.drafter import TreeDrafter
 from confu.generate import Decoder
+from confu.load import pack
 from confu.target import Target
 from confu.training.merged_attention import attend_masked, attend_merged
 from confu.training.objective import losses
+from confu.tree import chain
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 PROMPTS_8 = [[3, 1, 4, 1, 5], [2, 2], [6, 5, 3, 5]]
@@ -71,6 +74,51 @@ def test_greedy_text_is_that_of_generate(model, drafts, method):
     decoder = Decoder(target, TreeDrafter(copy.deepcopy(drafts[method]).cuda(), target), tree=TreeConfig(nodes=12))
     results = decoder.generate(PROMPTS, SamplingConfig(max_new_tokens=24))
     assert [result.token_ids for result in results] == [greedy(model, prompt, 24) for prompt in PROMPTS]
+
+
+@pytest.fixture
+def compiled(model) -> Target:
+    twin = copy.deepcopy(model).cuda()
+    return Target(twin, forward=pack(twin, compile=True))
+
+
+@pytest.mark.parametrize("method", [None, *METHODS])
+def test_compiled_text_is_that_of_generate(model, compiled, drafts, method, monkeypatch):
+    """Of a batch, of one prompt, of others: caches outgrow their stores, and later ones lie where earlier ones lay."""
+    monkeypatch.setattr(graphs, "LEAST_SLOTS", 16)
+    drafter = TreeDrafter(copy.deepcopy(drafts[method]).cuda(), compiled) if method else None
+    decoder = Decoder(compiled, drafter, tree=TreeConfig(nodes=12, depth=4, topk=4))
+    for prompts in (PROMPTS, PROMPTS[:1], PROMPTS[1:]):
+        results = decoder.generate(prompts, SamplingConfig(max_new_tokens=48))
+        assert [result.token_ids for result in results] == [greedy(model, prompt, 48) for prompt in prompts]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_replay_is_the_forward(model, dtype, monkeypatch):
+    """Logits, states and the cache, row by row, and that a second round records nothing."""
+    twins = [copy.deepcopy(model).to("cuda", dtype) for _ in range(2)]
+    plain, recorded = (Target(twin, forward=pack(twin, compile=place == 1)) for place, twin in enumerate(twins))
+    counts, found = [], []
+    record = graphs.CudaGraphs.__call__
+    monkeypatch.setattr(graphs.CudaGraphs, "__call__", lambda self, run: (counts.append(1), record(self, run))[1])
+    tokens = torch.randint(0, 64, (3, 7), generator=torch.Generator().manual_seed(0)).cuda()
+    tree = chain(tokens[:, 0], tokens[:, 1:5], torch.tensor([4, 2, 3], device="cuda"))
+    for used in (plain, recorded):
+        outs = []
+        for lengths in ([7, 3, 5], [4, 4, 4]):
+            cache = used.new_cache(3, 20)
+            used.prefill(cache, tokens, lengths)
+            for _ in range(2):
+                out = used.verify(cache, tree)
+                cache.keep(torch.zeros(3, 1, dtype=torch.int64, device="cuda"), [1, 1, 1])
+                outs += [out.logits, out.features]
+            prefixes = zip(cache.keys.transpose(0, 1), lengths, strict=True)
+            outs += [keys[:, :, :length].clone() for keys, length in prefixes]
+        found.append(outs)
+    assert len(counts) == 1
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    for ours, theirs in zip(*found, strict=True):
+        assert (theirs - ours).float().norm() <= tolerance * ours.float().norm()
 
 
 @pytest.mark.parametrize("method", ["eagle3", "confu-head"])

@@ -16,6 +16,7 @@ from confu.bench.results import OURS, PLAIN
 from confu.config import SWEEPABLE, ComputeConfig, TreeConfig
 from confu.draft import load_draft_config
 from confu.generate import Decoder
+from confu.graphs import check_compile
 from confu.linear import check_quantization
 from confu.load import LOOKUP, find_device, find_dtype, is_untrained, join, pack, read_network, use_tuning
 from confu.models import DEFAULT_TARGET, SHIPPED_DRAFTS, Progress, draft_path, load_target_model
@@ -107,9 +108,10 @@ def load_methods(
     place = find_device(compute.device)
     precision = find_dtype(compute.dtype, place)
     check_quantization(compute.quantization, place)
+    check_compile(compute.compile, place)
     networks = {draft: read_network(draft.path, precision, place) for draft in drafts}
     model, tokenizer = load_target_model(target, dtype=precision, device=place, progress=progress)
-    forward = pack(model, compute.quantization)
+    forward = pack(model, compute.quantization, compile=compute.compile)
     methods = []
     for draft in drafts:
         decoder = join(draft.path, networks[draft], model, forward, tokenizer, tree, progress=progress)

@@ -105,6 +105,7 @@ def _same_run(path: Path, run: dict[str, Any]) -> dict[str, Any]:
     except ValueError:
         raise ValueError(f"{path} is not valid JSON; give another folder with --out.") from None
     _check_schema(path, begun)
+    begun.setdefault("compile", False)  # from before there was a choice
     for name in run:
         if name not in GROWING and begun.get(name) != run[name]:
             raise ValueError(

@@ -75,6 +75,7 @@ def describe(suite: Suite, methods: Sequence[Method], config: BenchConfig, targe
         "target": Path(target).name if Path(target).is_absolute() else target,
         "dtype": str(plain.decoder.target.dtype).removeprefix("torch."),
         "quantization": plain.decoder.target.quantization,
+        "compile": plain.decoder.target.compiled,
         "device": str(plain.decoder.target.device),
         **dataclasses.asdict(config),
         "methods": {method.name: method.facts for method in methods},

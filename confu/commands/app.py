@@ -104,6 +104,7 @@ def load(
         "dtype": str(decoder.target.dtype).removeprefix("torch."),
         "device": str(decoder.target.device),
         "quantization": decoder.target.quantization,
+        "compile": decoder.target.compiled,
         "tree": None if draft is None else dataclasses.asdict(decoder.tree) | {"adaptive": decoder.costs is not None},
     }
     return decoder, {"draft": draft, "target": name, **computed}

@@ -84,6 +84,10 @@ def bench(
         others = {"--peer": peer, "--sweep": sweep, "--costs": costs, "--repeats": repeats > 1}
         if given := [option for option, value in others.items() if value]:
             raise ValueError(f"--profile measures nothing that {' or '.join(given)} could change; leave one out.")
+        if compute.compile:
+            raise ValueError(
+                "--profile times the parts of a forward, which a CUDA graph runs as one; leave out --compile."
+            )
         limit = limit or PROFILED
     terminal = output.terminal()
     found = load_suite(suite, questions, limit)
