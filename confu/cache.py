@@ -91,13 +91,6 @@ class KVCache(Cache):
             self._slots = self.first_slots[:, None] + torch.arange(num_rows, device=self.keys.device)
         self._view = slice(0 if with_soft else self.num_soft, self.num_soft + end)
 
-    def open_at(self, first_slots: Int[Tensor, " B"], num_rows: int) -> None:
-        """As `open_rows`, where a tensor on the device says where the rows of each sequence begin, so that a CUDA graph
-        can read it anew each time; all slots are keys."""
-        self._first_slots = first_slots
-        self._slots = first_slots[:, None] + torch.arange(num_rows, device=first_slots.device)
-        self._view = slice(0, self.keys.shape[3])
-
     def copy_first_slots(self, into: Int[Tensor, " B"]) -> None:
         """Write where the opened rows begin into a tensor on the device; the host need not wait for it where all
         sequences are equally long."""

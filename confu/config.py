@@ -81,7 +81,7 @@ class ComputeConfig:
     quantization: str | None = None
     """int8 rounds the target's weights (CPU): faster, and another target, which the output then follows exactly."""
     compile: bool = False
-    """Record the target's forwards as CUDA graphs and replay them: a small model then no longer waits for launches."""
+    """Replay forwards and draft trees as CUDA graphs (Llama-like targets): small models no longer wait for launches."""
 
 
 SWEEPABLE = tuple(field.name for field in dataclasses.fields(TreeConfig))

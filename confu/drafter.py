@@ -20,6 +20,8 @@ from confu.contemplate import Contemplation
 from confu.costs import Budget
 from confu.draft import DraftModel
 from confu.draft_forward import DraftForward, Turn
+from confu.draft_graphs import GraphGrowth
+from confu.graphs import GraphForward
 from confu.rows import rows
 from confu.target import Target
 from confu.tree import Candidates, Frontier, Tree, take
@@ -115,6 +117,9 @@ class TreeDrafter:
         self.name, self.config = draft.config.method, draft.config
         self.forward, self.target = DraftForward(draft, target.quantization), target
         self.contemplation = draft.contemplation
+        self._recorded: GraphGrowth | None = None
+        if isinstance(target.forward_rows, GraphForward) and draft.config.rope_parameters["rope_type"] != "dynamic":
+            self._recorded = GraphGrowth(self._candidates, target.forward_rows.record)
 
     def new_state(self, batch_size: int, capacity: int) -> TreeState:
         config, target = self.config, self.target
@@ -169,6 +174,11 @@ class TreeDrafter:
 
     def grow(self, state: TreeState, config: TreeConfig, budget: Budget | None = None) -> Tree:
         """EAGLE-2's tree: ``depth`` levels, the best ``topk`` nodes of each expanded, the best N nodes kept."""
+        if self._recorded is not None:
+            return self._recorded(state, config, budget)
+        return self._candidates(state, config, budget).prune(state.root, config.nodes, budget)
+
+    def _candidates(self, state: TreeState, config: TreeConfig, budget: Budget | None = None) -> Candidates:
         cache = state.cache
         batch, device = len(state.lengths), state.root.device
         candidates, topk = Candidates(), config.topk
@@ -192,7 +202,7 @@ class TreeDrafter:
             out = self._step(state, frontier, hidden, turn, reach)
             children = self._children(state, out, level + 1, topk)
             frontier = candidates.add_level(children, frontier.scores, frontier.candidates)
-        return candidates.prune(state.root, config.nodes, budget)
+        return candidates
 
     def _step(
         self,

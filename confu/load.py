@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from confu.config import TreeConfig
+from confu.config import SamplingConfig, TreeConfig
 from confu.draft import DraftModel, load_draft_config
 from confu.drafter import Drafter, TreeDrafter
 from confu.forward import Forward, ModelForward
@@ -53,7 +53,12 @@ def load_decoder(
     check_compile(compile, place)
     network = read_network(draft, precision, place)
     model, tokenizer = load_target_model(name, dtype=precision, device=place, progress=progress)
-    return join(draft, network, model, pack(model, quantization, compile=compile), tokenizer, tree, progress=progress)
+    decoder = join(
+        draft, network, model, pack(model, quantization, compile=compile), tokenizer, tree, progress=progress
+    )
+    if compile:  # what short texts need is recorded now, and not in the first answer
+        decoder.generate([[0, 0]], SamplingConfig(max_new_tokens=4, ignore_eos=True))
+    return decoder
 
 
 def load_target(

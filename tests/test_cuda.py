@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from naive import METHODS, build_draft, greedy
+from test_graphs import check_trees, trees_of
 from test_objective import BATCH, trainable
 from tiny_data import tiny_draft
 
@@ -91,6 +92,15 @@ def test_compiled_text_is_that_of_generate(model, compiled, drafts, method, monk
     for prompts in (PROMPTS, PROMPTS[:1], PROMPTS[1:]):
         results = decoder.generate(prompts, SamplingConfig(max_new_tokens=48))
         assert [result.token_ids for result in results] == [greedy(model, prompt, 48) for prompt in prompts]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_trees_are_those_that_grow_without(model, compiled, drafts, method):
+    found = []
+    for target in (on_gpu(model), compiled):
+        drafter = TreeDrafter(copy.deepcopy(drafts[method]).cuda(), target)
+        found.append(trees_of(Decoder(target, drafter, tree=TreeConfig(nodes=12, depth=4, topk=4)), PROMPTS))
+    check_trees(*found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,8 +12,10 @@ from test_target import check_cache, prefilled, random_prompts, random_trees, ro
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from confu import graphs, llama
-from confu.config import SamplingConfig, TreeConfig
+from confu import draft_forward, drafter, graphs, llama
+from confu.commands.bench import bench
+from confu.config import ComputeConfig, SamplingConfig, TreeConfig
+from confu.costs import Costs
 from confu.drafter import TreeDrafter
 from confu.generate import Decoder, Session
 from confu.graphs import GraphForward, check_compile, rounded_up
@@ -21,9 +23,11 @@ from confu.llama import LlamaForward
 from confu.load import load_decoder, pack
 from confu.rows import Rows
 from confu.target import Target
+from confu.tune import machine_key
 
 PROMPTS = [(3, 1, 4, 1, 5), (9,), (2, 6), (5, 3, 5, 8, 9, 7, 9, 3, 2)]
 TREE = TreeConfig(nodes=12, depth=4, topk=4)
+FLAT = Costs(verify=((1, 1.0), (64, 2.5)), level=((1, 0.0),), commit=((1, 0.1),))  # another level always pays
 
 
 class Tape(TorchDispatchMode):
@@ -70,7 +74,8 @@ class Recorder:
 @pytest.fixture(autouse=True)
 def _recordable(monkeypatch):
     monkeypatch.setattr(graphs, "LEAST_SLOTS", 16)  # so that these short texts outgrow them
-    monkeypatch.setattr(llama, "rows", Rows)  # a tape does not hear the compiled functions
+    for module in (llama, draft_forward, drafter):
+        monkeypatch.setattr(module, "rows", Rows)  # a tape does not hear the compiled functions
 
 
 def graphed(model) -> Target:
@@ -140,6 +145,42 @@ def test_sequences_that_end_make_room(model, drafts, monkeypatch):
             assert answers(decoder, PROMPTS, 14) == expected
 
 
+def trees_of(decoder, prompts, count: int = 24):
+    """All trees that the drafter grows on the way."""
+    drafter, trees = copy.copy(decoder.drafter), []
+
+    def grow(*args):
+        trees.append(type(drafter).grow(drafter, *args))
+        return trees[-1]
+
+    drafter.grow = grow
+    twin = Decoder(decoder.target, drafter, tree=decoder.tree, costs=decoder.costs)
+    twin.generate(prompts, SamplingConfig(max_new_tokens=count))
+    return trees
+
+
+def check_trees(ours, theirs) -> None:
+    assert len(ours) == len(theirs) > 3
+    for mine, other in zip(ours, theirs, strict=True):
+        for name in ("tokens", "parents", "depths", "ancestors"):
+            assert torch.equal(getattr(mine, name), getattr(other, name)), name
+        torch.testing.assert_close(mine.scores, other.scores, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", naive.METHODS)
+@pytest.mark.parametrize("costs", [None, FLAT], ids=["fixed", "adaptive"])
+def test_trees_are_those_that_grow_without(model8, drafts8, method, costs):
+    """Whatever they are, the text is the target's; but a wrong tree would be a slow one."""
+    prompts = [[token % 8 for token in prompt] for prompt in PROMPTS]
+    found = []
+    for target in (Target(model8, forward=LlamaForward(model8)), graphed(model8)):
+        decoder = Decoder(target, TreeDrafter(drafts8[method], target), tree=TREE, costs=costs)
+        found.append(trees_of(decoder, prompts) + trees_of(decoder, prompts[1:3]))
+    check_trees(*found)
+    if costs is not None:
+        assert len({tree.tokens.shape[1] for tree in found[0]}) > 1
+
+
 @pytest.mark.parametrize("family", ["Llama 3, tied head", "Qwen2, Qwen2.5", "Qwen3", "Mistral"])
 def test_llama_like_families(family):
     model = families.build(family)
@@ -152,10 +193,10 @@ def test_a_second_request_records_nothing(model, drafts):
     target = graphed(model)
     decoder = Decoder(target, TreeDrafter(drafts["confu"], target), tree=TREE)
     first = answers(decoder, PROMPTS[:2])
-    recorded, stores = num_recorded(target), len(target.forward_rows._stores)
+    recorded, stores = num_recorded(target), len(target.forward_rows.recordings.stores)
     assert recorded > 0
     assert answers(decoder, PROMPTS[:2]) == first
-    assert (num_recorded(target), len(target.forward_rows._stores)) == (recorded, stores)
+    assert (num_recorded(target), len(target.forward_rows.recordings.stores)) == (recorded, stores)
 
 
 def test_sessions_side_by_side(model, drafts):
@@ -169,7 +210,7 @@ def test_sessions_side_by_side(model, drafts):
             [new] = answers(decoder, [texts[place]], 6, session=session)
             assert new == naive.greedy(model, texts[place], 6)
             texts[place] = (*texts[place], *new)
-    assert len(target.forward_rows._stores) <= graphs.MOST_STORES
+    assert len(target.forward_rows.recordings.stores) <= graphs.MOST_STORES
 
 
 def test_few_graphs_are_kept(model, monkeypatch):
@@ -179,9 +220,9 @@ def test_few_graphs_are_kept(model, monkeypatch):
         drafter = naive.Scripted(model, right=lambda num_round, length: num_round % 3)
         decoder = Decoder(target, drafter, tree=TreeConfig(nodes=nodes, depth=max(1, nodes - 1), topk=1))
         assert answers(decoder, PROMPTS[:2]) == [naive.greedy(model, prompt, 20) for prompt in PROMPTS[:2]]
-    kept = target.forward_rows._graphs
+    kept = target.forward_rows.recordings.graphs
     assert len(kept) == 3
-    assert {key[0] for key in kept} <= set(target.forward_rows._stores)
+    assert {key[0] for key in kept} <= set(target.forward_rows.recordings.stores)
 
 
 def test_what_is_not_recorded_runs_as_it_is(model, monkeypatch):
@@ -219,7 +260,12 @@ def test_inside_and_outside_of_inference_mode(model):
             target.prefill(cache, torch.tensor([[7], [8]]), [1, 1])
             check_cache(cache, model, [(*PROMPTS[0], 7), (*PROMPTS[1], 8)])
         del cache
-    assert len(target.forward_rows._stores) == 1
+    assert len(target.forward_rows.recordings.stores) == 1
+
+
+def test_a_tuning_holds_for_one_of_both(model):
+    keys = [machine_key(Decoder(target, None)) for target in (Target(model), graphed(model))]
+    assert keys[1] == f"{keys[0]}, compiled"
 
 
 def test_refusals(model):
@@ -227,6 +273,8 @@ def test_refusals(model):
         load_decoder(None, device="cpu", compile=True)
     check_compile(True, "cuda:0")
     check_compile(False, "cpu")
+    with pytest.raises(ValueError, match="--profile times the parts of a forward.*leave out --compile"):
+        bench(profile=True, compute=ComputeConfig(compile=True))
     with pytest.raises(ValueError, match="Gemma2ForCausalLM runs through transformers' code.*Leave compile out"):
         pack(copy.deepcopy(families.build("Gemma 2")), compile=True)
     rope = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0}
