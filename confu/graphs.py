@@ -104,6 +104,7 @@ class Store:
             for here, there in ((keys, cache.keys), (values, cache.values)):
                 here[:, :, :, :kept] = there[:, :, :, :kept]
                 here[:, :, :, kept:] = 0
+            self.kv.starts.fill_(cache.num_soft)  # sequences beyond this batch must not write past the end
         self._given, self._owner = (keys, values), weakref.ref(cache)
         cache.keys, cache.values, cache.capacity = keys, values, num_slots - cache.num_soft
 
@@ -141,13 +142,17 @@ class Recorded:
     """A function of tensors that stay where they are, recorded when it is first called."""
 
     def __init__(self, run: Run, record: Record) -> None:
-        self._run, self._record = run, record
-        self._replay: Run | None = None
+        self._do: Run | None = None
+        self._run: Run | None = (
+            run  # refers to what refers to this; so it goes, and a graph's memory with its last user
+        )
+        self._record = record
 
     def __call__(self) -> tuple[Tensor, ...]:
-        if self._replay is None:
-            self._replay = self._record(self._run)
-        return self._replay()
+        if self._run is not None:
+            self._do, self._run = self._record(self._run), None
+        assert self._do is not None
+        return self._do()
 
 
 class Recordings:

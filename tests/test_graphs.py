@@ -213,6 +213,22 @@ def test_sessions_side_by_side(model, drafts):
     assert len(target.forward_rows.recordings.stores) <= graphs.MOST_STORES
 
 
+def test_a_batch_leaves_nothing_that_a_smaller_one_trips_over(model):
+    """Five sequences lie in a store for six: where the sixth of an earlier batch wrote last is forgotten."""
+    target = graphed(model)
+    answers(Decoder(target, None), [(place, *PROMPTS[3] * 3) for place in range(6)], 4)
+    [store] = target.forward_rows.recordings.stores
+    assert store.shape == (6, 32)
+    assert store.kv.starts.tolist() == [30] * 6
+    tree = naive.chain(torch.arange(5), torch.arange(60).view(5, 12), torch.full((5,), 12))
+    found = []
+    for used in (Target(model), target):
+        cache, _ = prefilled(used, [(place, *PROMPTS[1] * 14) for place in range(5)])
+        found.append(used.verify(cache, tree).logits)
+    assert store.holds(cache)
+    naive.assert_close(*found)
+
+
 def test_few_graphs_are_kept(model, monkeypatch):
     monkeypatch.setattr(graphs, "MOST_GRAPHS", 3)
     target = graphed(model)
