@@ -2,7 +2,7 @@
 
 A small model on a GPU waits for its kernels to be launched, some hundreds a forward. A graph launches them all at once,
 but only for the shapes and addresses that it was recorded with. So rows, sequences and slots of the cache are rounded
-up to a short list of sizes, and a cache moves into a `_Store`, whose address stays: a request takes the store that an
+up to a short list of sizes, and a cache moves into a `Store`, whose address stays: a request takes the store that an
 earlier one has left, and with it its graphs.
 
 Shapes: B batch, R rows, D hidden width, V vocabulary, K keys.
@@ -26,6 +26,7 @@ Record = Callable[[Run], Run]
 """From a function to one that does the same again with the same tensors."""
 
 MOST_ROWS = 256  # of all sequences together: with more, kernels take longer than their launches
+MOST_UNREAD = 16  # rows without logits: more are a piece of a prompt, and its length may never come again
 LEAST_SLOTS = 512
 MOST_STORES = 8
 MOST_GRAPHS = 32
@@ -204,7 +205,8 @@ class GraphForward:
     ) -> tuple[Float[Tensor, "B num_logits V"], Float[Tensor, "B R Dlayers"]]:
         batch, num_rows = positions.shape
         wide = rounded_up(num_rows)
-        if mask is None or not isinstance(cache, KVCache) or not 0 < rounded_up(batch) * wide <= MOST_ROWS:
+        few = 0 < rounded_up(batch) * wide <= MOST_ROWS and (num_logits > 0 or wide <= MOST_UNREAD)
+        if mask is None or not few or not isinstance(cache, KVCache):
             return self.forward(embeddings, positions, mask, cache, layers, num_logits=num_logits)
         first_key = cache.num_soft - cache.num_soft_keys
         store = self.recordings.store(cache, first_key + mask.shape[2] - num_rows + wide)

@@ -242,8 +242,11 @@ def test_few_graphs_are_kept(model, monkeypatch):
 
 
 def test_what_is_not_recorded_runs_as_it_is(model, monkeypatch):
-    """Rows without a mask, and many rows."""
+    """Rows without a mask, many rows, and pieces of a prompt."""
     target = graphed(model)
+    cache, _ = prefilled(target, PROMPTS)
+    target.prefill(cache, torch.ones(4, 17, dtype=torch.int64), [17] * 4)
+    assert num_recorded(target) == 0
     monkeypatch.setattr(graphs, "MOST_ROWS", 4)
     cache, _ = prefilled(target, PROMPTS)
     tokens = torch.tensor([[1, 2, 3, 4, 5]] * 4)
