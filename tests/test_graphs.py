@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from confu import draft_forward, drafter, graphs, llama
+from confu.assistant import Assistant
 from confu.commands.bench import bench
 from confu.config import ComputeConfig, SamplingConfig, TreeConfig
 from confu.costs import Costs
@@ -181,6 +182,16 @@ def test_trees_are_those_that_grow_without(model8, drafts8, method, costs):
         assert len({tree.tokens.shape[1] for tree in found[0]}) > 1
 
 
+def test_a_smaller_model_drafts_the_same_trees(model8):
+    small = naive.build_model(8, seed=5)
+    prompts, found = [[token % 8 for token in prompt] for prompt in PROMPTS], []
+    for make in (lambda network: Target(network, forward=LlamaForward(network)), graphed):
+        target, drafting = make(model8), make(small)
+        found.append(trees_of(Decoder(target, Assistant(target, drafting), tree=TREE), prompts))
+    check_trees(*found)
+    assert num_recorded(drafting) > 3
+
+
 @pytest.mark.parametrize("family", ["Llama 3, tied head", "Qwen2, Qwen2.5", "Qwen3", "Mistral"])
 def test_llama_like_families(family):
     model = families.build(family)
@@ -227,6 +238,24 @@ def test_a_batch_leaves_nothing_that_a_smaller_one_trips_over(model):
         found.append(used.verify(cache, tree).logits)
     assert store.holds(cache)
     naive.assert_close(*found)
+
+
+def test_a_short_prompt_sees_nothing_of_a_long_one(model, drafters):
+    """In the same store, by the same graph; also where soft prompts are keys once and then are not."""
+    contemplation, target, plain = drafters["confu"].contemplation, graphed(model), Target(model)
+    tree = naive.chain(torch.tensor([7]), torch.tensor([[8, 9]]), torch.tensor([2]))
+    for prompt, num_con in (((2,) * 9, 1), ((3, 4), 1), ((5,), 0), ((6, 7, 8), 1)):
+        found = []
+        for used in (plain, target):
+            cache, _ = prefilled(used, [prompt], contemplation)
+            out = used.verify(cache, tree, contemplation, num_con=num_con, router_state=routers(1))
+            found.append([out.logits, out.features, *([out.future] if num_con else [])])
+        for ours, theirs in zip(*found, strict=True):
+            naive.assert_close(ours, theirs)
+        del cache
+        [store] = target.forward_rows.recordings.stores
+        store.kv.values.fill_(torch.nan)  # what a key that is not seen would spoil, too
+    assert num_recorded(target) == 2
 
 
 def test_few_graphs_are_kept(model, monkeypatch):
