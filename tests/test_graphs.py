@@ -247,7 +247,7 @@ def test_a_short_prompt_sees_nothing_of_a_long_one(model, drafters):
     for prompt, num_con in (((2,) * 9, 1), ((3, 4), 1), ((5,), 0), ((6, 7, 8), 1)):
         found = []
         for used in (plain, target):
-            cache, _ = prefilled(used, [prompt], contemplation)
+            cache, _ = prefilled(used, [prompt], contemplation, capacity=1)
             out = used.verify(cache, tree, contemplation, num_con=num_con, router_state=routers(1))
             found.append([out.logits, out.features, *([out.future] if num_con else [])])
         for ours, theirs in zip(*found, strict=True):
