@@ -52,16 +52,19 @@ class LlamaForward:
         self.num_groups: int = config.num_key_value_heads
         self.rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = decoder.rotary_emb
         self.norm, self.eps = decoder.norm.weight, decoder.norm.variance_epsilon
+        head: Any = model.get_output_embeddings()
+        embedding: Any = model.get_input_embeddings()
+        self.vocab_size = len(head.weight)
+        self.head = product(head.weight, head.bias, quantization)
+        if release and head.weight is embedding.weight:
+            forget_mapped([embedding.weight])  # which stays in its file
+        elif release:
+            _empty(head)
         self.layers = []
         for layer in decoder.layers:
             self.layers.append(_Layer(layer, self.num_heads, self.num_groups, quantization))
             if release:
                 _empty(layer)
-        head: Any = model.get_output_embeddings()
-        self.vocab_size = len(head.weight)
-        self.head = product(head.weight, head.bias, quantization)
-        if release and head.weight is not model.get_input_embeddings().weight:  # type: ignore[union-attr]
-            _empty(head)
 
     def __call__(
         self,

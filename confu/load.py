@@ -15,7 +15,7 @@ from confu.generate import Decoder
 from confu.graphs import CudaGraphs, GraphForward, check_compile
 from confu.linear import check_quantization, pack_linears
 from confu.llama import LlamaForward, is_llama_like
-from confu.memory import forget_mapped
+from confu.memory import forget_mapped, return_freed_memory
 from confu.models import DEFAULT_TARGET, Progress, draft_path, load_target_model
 from confu.target import Target
 
@@ -56,6 +56,8 @@ def load_decoder(
     decoder = join(
         draft, network, model, pack(model, quantization, compile=compile), tokenizer, tree, progress=progress
     )
+    del network, model  # the drafter and the forward have what decoding needs, laid out anew
+    return_freed_memory()
     if compile:  # what short texts need is recorded now, and not in the first answer
         decoder.generate([[0, 0]], SamplingConfig(max_new_tokens=4, ignore_eos=True))
     return decoder
@@ -101,14 +103,14 @@ def pack(model: PreTrainedModel, quantization: str | None = None, *, compile: bo
 
 
 def _leave_file(model: PreTrainedModel) -> None:
-    """Copy what stays of a Llama-like model (embedding, norms) that is mapped from a file, so that its pages can go."""
-    left = []
+    """Copy the norms of a Llama-like model where they are mapped from a file, and let go of its pages: each comes back
+    when its weight is packed. The embedding stays there: of its rows only those that a text holds are ever read."""
+    mapped = [weight.data for weight in model.parameters()]
     for module in model.modules():
-        if not isinstance(module, torch.nn.Linear):
+        if not isinstance(module, torch.nn.Linear | torch.nn.Embedding):
             for weight in module.parameters(recurse=False):
-                left.append(weight.data)
                 weight.data = weight.data.clone()
-    forget_mapped(left)
+    forget_mapped(mapped)
 
 
 def join(

@@ -58,6 +58,12 @@ def forget_mapped(weights: Iterable[Tensor]) -> None:
             libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
 
 
+def return_freed_memory() -> None:
+    """Give the kernel back what loading has freed, which glibc keeps for the next allocation."""
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def reuse_freed_memory() -> None:
     """Let glibc keep large freed blocks instead of returning them to the kernel: page faults took half of a step."""
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
