@@ -16,6 +16,7 @@ from confu.attention import Attention
 from confu.draft import DraftModel, normed_states
 from confu.linear import fused, product
 from confu.rows import rows
+from confu.tree import take
 
 Turn = tuple[Tensor, Tensor]
 
@@ -109,16 +110,19 @@ class DraftForward:
         hidden, normed = rows().add_norm(hidden, attended, self._mlp_norm, self.config.rms_norm_eps)
         return hidden + self._products["down"](rows().gate(self._products["gate_up"](normed)))
 
-    def logits(
-        self, out: Float[Tensor, "B R D"], looked: Float[Tensor, "B 1 SD"] | None, steps: Int[Tensor, "B 1"]
-    ) -> Float[Tensor, "B R U"]:
-        """The head on what `DraftModel.read` returns; all rows of a level are as many ``steps`` from the anchor."""
+    def ahead(
+        self, looked: Float[Tensor, "B 1 SD"] | None, steps: Int[Tensor, "B levels"]
+    ) -> Float[Tensor, "B levels D"] | None:
+        """What `look` returned for each level of a tree, whose rows are all as many ``steps`` from the anchor."""
+        if looked is None:
+            return None
+        by_place = looked.unflatten(-1, (self.config.future_steps, -1))[:, 0]  # [B, S, D]
+        return take(by_place, steps.clamp(max=self.config.future_steps - 1))
+
+    def logits(self, out: Float[Tensor, "B R D"], ahead: Float[Tensor, "B 1 D"] | None) -> Float[Tensor, "B R U"]:
+        """The head on what `DraftModel.read` returns of one level's rows."""
         read = self._normed(out, self._norm)
-        if looked is not None:
-            by_place = looked.unflatten(-1, (self.config.future_steps, -1))[:, 0]  # [B, S, D]
-            index = steps.clamp(max=self.config.future_steps - 1)[..., None]
-            read = read + by_place.gather(1, index.expand(-1, -1, by_place.shape[2]))
-        return self._products["head"](read)
+        return self._products["head"](read if ahead is None else read + ahead)
 
     def _normed(self, x: Float[Tensor, "B R D"], weight: Float[Tensor, " D"]) -> Float[Tensor, "B R D"]:
         return rows().add_norm(x, None, weight, self.config.rms_norm_eps)[1]

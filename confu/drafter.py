@@ -184,12 +184,13 @@ class TreeDrafter:
         candidates, topk = Candidates(), config.topk
         zeros = torch.zeros(batch, 1, device=device)
         out = state.out[:, None]  # [B, 1, Df]
-        frontier = candidates.add_level(self._children(state, out, 0, topk), zeros, zeros.long() - 1)
+        levels = torch.arange(config.depth, device=device)
+        ahead = self.forward.ahead(state.looked, state.lag + levels)
+        frontier = candidates.add_level(self._children(out, ahead, 0, topk), zeros, zeros.long() - 1)
         width = frontier.tokens.shape[1]
         itself = torch.eye(width, dtype=torch.bool, device=device).expand(batch, -1, -1)
         reach = itself[:, :, :0]  # which drafted rows each frontier row sees; grows by one level a step
-        positions = cache.lengths_tensor()[:, None] + torch.arange(config.depth, device=device)
-        cos, sin = self.forward.turn(out, positions)  # of every level: [B, depth, head]
+        cos, sin = self.forward.turn(out, cache.lengths_tensor()[:, None] + levels)  # [B, depth, head]
 
         for level in range(config.depth - 1):
             if budget is not None and not budget.deeper(frontier.scores):
@@ -200,7 +201,7 @@ class TreeDrafter:
             hidden = take(out, frontier.origin)
             turn = (cos[:, level : level + 1].expand(-1, width, -1), sin[:, level : level + 1].expand(-1, width, -1))
             out = self._step(state, frontier, hidden, turn, reach)
-            children = self._children(state, out, level + 1, topk)
+            children = self._children(out, ahead, level + 1, topk)
             frontier = candidates.add_level(children, frontier.scores, frontier.candidates)
         return candidates
 
@@ -226,9 +227,9 @@ class TreeDrafter:
         return state.cache.row_mask(reach, with_soft=everyone if state.has_slot else False)
 
     def _children(
-        self, state: TreeState, out: Float[Tensor, "B R D"], step: int, topk: int
+        self, out: Float[Tensor, "B R D"], ahead: Float[Tensor, "B depth D"] | None, level: int, topk: int
     ) -> tuple[Float[Tensor, "B R k"], Int[Tensor, "B R k"]]:
-        """Log-probabilities and token ids of the best children of each row."""
-        logits = self.forward.logits(out, state.looked, state.lag + step)
+        """Log-probabilities and token ids of the best children of each row of a level."""
+        logits = self.forward.logits(out, None if ahead is None else ahead[:, level : level + 1])
         best, ids = rows().best(logits, min(topk, logits.shape[2]))
         return best, self.forward.target_ids[ids]

@@ -44,12 +44,15 @@ PREFIX = 256  # tokens in the cache
 ACCEPTED = 3  # tokens that a round's commit reads
 LEVELS = (1, 5)
 REPEATS = 7
+SAME = 0.02  # of a speed-up, what two measurements of the same differ by
+PASSES = 2  # of the prompts: limits differ by a few per cent, which one pass does not tell apart
 TREES = (
     TreeConfig(nodes=64, depth=8, topk=10),
     TreeConfig(nodes=64, depth=8, topk=6),
     TreeConfig(nodes=64, depth=8, topk=3),
 )
-CONTEMPLATE = (4, 2, 1, 0)  # beside every node
+CONTEMPLATE = (None, 4, 2, 1, 0)
+FEW = 1  # contemplate rows while limits are compared: with one behind every node only small trees pay
 
 
 @dataclass(frozen=True)
@@ -85,30 +88,37 @@ def tune(
     max_new_tokens: int,
     progress: Progress = lambda stage, fraction: None,
 ) -> Tuning:
-    """Measure costs, then adaptive trees of several limits beside plain decoding and the default tree, in turns; the
-    fastest limits win. Raises ValueError for a decoder whose draft scores no trees."""
+    """Measure costs, then adaptive trees of several limits beside plain decoding and the default tree, in turns, and
+    with the fastest limits several numbers of contemplate rows; the fastest win. Raises ValueError for a decoder whose
+    draft scores no trees."""
     if not isinstance(decoder.drafter, TreeDrafter):
         raise ValueError("Only a trained draft has trees to tune; name one (`confu info` lists them).")
     progress("measuring costs", None)
     costs = measure(decoder, decoder.drafter)
     named = [("default tree", TreeConfig(), False)]
-    named += [(f"adaptive, top-k {tree.topk}", tree, True) for tree in TREES]
+    contemplates = decoder.drafter.contemplation is not None
+    for tree in TREES:
+        tree = dataclasses.replace(tree, contemplate=FEW if contemplates else None)
+        named.append((f"adaptive, top-k {tree.topk}", tree, True))
     trials = _trials(decoder, costs, named, prompts, max_new_tokens, progress)
     best, tree = _fastest(trials)
-    if decoder.drafter.contemplation is not None:
+    if contemplates:
         named = [
-            (f"{best.name}, contemplate {count}", dataclasses.replace(tree, contemplate=count), True)
-            for count in CONTEMPLATE
+            (f"{best.name}, contemplate {'all' if n is None else n}", dataclasses.replace(tree, contemplate=n), True)
+            for n in CONTEMPLATE
         ]
-        trials += _trials(decoder, costs, named, prompts, max_new_tokens, progress)[1:]  # plain decoding is there
-        _, tree = _fastest(trials)
+        more = _trials(decoder, costs, named, prompts, max_new_tokens, progress)
+        _, tree = _fastest(more)
+        trials += more[1:]  # plain decoding is there
     return Tuning(tree, costs, tuple(trials))
 
 
 def _fastest(trials: list[Trial]) -> tuple[Trial, TreeConfig]:
-    """The adaptive trees of most speed over the plain decoding beside them, and their limits."""
+    """The adaptive trees of most speed over the plain decoding beside them, and their limits. Where several are as fast
+    as can be told apart, those that accept most: behind longer texts rounds cost more, and they need fewest."""
     found = [(trial, trial.tree) for trial in trials if trial.adaptive and trial.tree is not None]
-    return max(found, key=lambda pair: pair[0].speedup)
+    enough = (1 - SAME) * max(trial.speedup for trial, _ in found)
+    return max((pair for pair in found if pair[0].speedup >= enough), key=lambda pair: pair[0].mean_acceptance_length)
 
 
 def _trials(
@@ -119,9 +129,9 @@ def _trials(
     max_new_tokens: int,
     progress: Progress,
 ) -> list[Trial]:
-    """Plain decoding first, then each tree; all answer one prompt before the next, so that a drifting machine treats
-    them alike."""
-    target, tokenizer = decoder.target, decoder.tokenizer
+    """Plain decoding first, then each tree. All answer one prompt before the next, in another order each time, and of a
+    prompt's passes the fastest counts, so that a drifting machine treats them alike."""
+    target, tokenizer, count = decoder.target, decoder.tokenizer, len(prompts)
     decoders = [Decoder(target, None, tokenizer)]
     decoders += [
         Decoder(target, decoder.drafter, tokenizer, tree, costs if adaptive else None) for _, tree, adaptive in named
@@ -130,14 +140,18 @@ def _trials(
     found: list[list[Stats]] = [[] for _ in decoders]
     for engine in decoders:
         engine.generate([prompts[0]], SamplingConfig(max_new_tokens=4))
-    for number, prompt in enumerate(prompts):
-        progress("comparing trees", number / len(prompts))
-        for engine, mine in zip(decoders, found, strict=True):
-            mine.append(Stats())
-            engine.generate([prompt], sampling, stats=mine[-1])
+    for number in range(PASSES * count):
+        progress("comparing trees", number / (PASSES * count))
+        for place in range(len(decoders)):
+            turn = (place + number) % len(decoders)
+            found[turn].append(Stats())
+            decoders[turn].generate([prompts[number % count]], sampling, stats=found[turn][-1])
 
     def speed(mine: list[Stats]) -> float:
-        return sum(s.num_tokens for s in mine) / sum(s.wall_seconds - s.prefill_seconds for s in mine)
+        best = [
+            min((s.wall_seconds - s.prefill_seconds) / s.num_tokens for s in mine[at::count]) for at in range(count)
+        ]
+        return count / sum(best)
 
     shapes: list[tuple[str, TreeConfig | None, bool]] = [("plain", None, False), *named]
     trials = []

@@ -16,7 +16,7 @@ def tune(
     draft: DraftName = None,
     /,
     *,
-    max_new_tokens: int = 96,
+    max_new_tokens: int = 64,
     target: TargetName = None,
     compute: Compute = COMPUTE,
     output: Output = OUTPUT,
