@@ -5,8 +5,8 @@ It goes into run.json, where `simulate.py` reads it.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -21,10 +21,10 @@ from confu.generate import Decoder
 from confu.stats import Stats
 from confu.target import Target
 from confu.tree import chain
+from confu.tune import REPEATS, medians
 
 ROWS = (1, 4, 16, 64)
 SHORT, LONG = 32, 512  # tokens in the cache
-REPEATS = 3
 TOKENS = 16
 
 
@@ -37,40 +37,38 @@ def measure(methods: Sequence[Method]) -> dict[str, Any]:
     decoders = {m.name: (m.engine.decoder, m.facts) for m in constant if isinstance(m.engine, DecoderEngine)}
     target = decoders[PLAIN][0].target
     longest = min(LONG, target.max_positions - max(ROWS))
-    points = [point for prefix in (SHORT, longest) for point in _forwards(target, prefix)]
+    forwards = {key: run for prefix in (SHORT, longest) for key, run in _forwards(target, prefix).items()}
+    took = medians(forwards, target.device)
+    points = [(rows, prefix, milliseconds / 1e3) for (rows, prefix), milliseconds in took.items()]
+    parts = {name: [] for name in decoders}
+    for _ in range(REPEATS + 1):
+        for name, (decoder, _facts) in decoders.items():
+            parts[name].append(_round(decoder))
     rounds = {}
-    for name, (decoder, facts) in decoders.items():
-        verify, draft, other = _round(decoder)
+    for name, (_decoder, facts) in decoders.items():
+        verify, draft, other = (median(seconds) for seconds in zip(*parts[name][1:], strict=True))  # the first warms up
         walk = verify - forward_cost(points, rows_of(facts), SHORT + TOKENS / 2)
         rounds[name] = {"draft": draft, "other": other, "walk": walk}
     return {"target": points, "rounds": rounds}
 
 
-def _forwards(target: Target, prefix: int) -> Iterator[tuple[int, int, float]]:
+def _forwards(target: Target, prefix: int) -> dict[tuple[int, int], Callable[[], object]]:
+    """Verifications of so many rows behind ``prefix`` tokens, again and again: nothing is kept."""
     cache = target.new_cache(1, prefix + max(ROWS))
     tokens = torch.arange(prefix, device=target.device)[None] % target.vocab_size
     target.prefill(cache, tokens, [prefix])
+    runs: dict[tuple[int, int], Callable[[], object]] = {}
     for rows in ROWS:
         drafted = torch.arange(rows - 1, device=target.device)[None] % target.vocab_size
         tree = chain(tokens[:, 0], drafted, torch.tensor([rows - 1], device=target.device))
-        seconds = [_seconds(target, lambda tree=tree: target.verify(cache, tree)) for _ in range(REPEATS)]
-        yield rows, prefix, median(seconds)
+        runs[rows, prefix] = partial(target.verify, cache, tree)
+    return runs
 
 
-def _round(decoder: Decoder) -> list[float]:
+def _round(decoder: Decoder) -> tuple[float, float, float]:
     """Target, draft and other seconds of a round, over a short answer to a made-up prompt."""
     prompt = [token % decoder.target.vocab_size for token in range(2, SHORT + 2)]
-    found = []
-    for _ in range(REPEATS):
-        stats = Stats()
-        decoder.generate([prompt], SamplingConfig(max_new_tokens=TOKENS, ignore_eos=True), stats=stats)
-        found.append((stats.target_seconds, stats.draft_seconds, stats.other_seconds))
-    return [median(seconds) / max(1, stats.num_rounds) for seconds in zip(*found, strict=True)]
-
-
-def _seconds(target: Target, run: Any) -> float:
-    began = time.perf_counter()
-    run()
-    if target.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    stats = Stats()
+    decoder.generate([prompt], SamplingConfig(max_new_tokens=TOKENS, ignore_eos=True), stats=stats)
+    count = max(1, stats.num_rounds)
+    return stats.target_seconds / count, stats.draft_seconds / count, stats.other_seconds / count
