@@ -196,7 +196,7 @@ def measure(decoder: Decoder, drafter: TreeDrafter) -> Costs:
     for batch in BATCHES:
         runs["commit", batch] = partial(commit, batch)
         runs |= {("grow", batch, depth): partial(grow, batch, depth) for depth in LEVELS}
-    took = medians(runs, target.device)
+    took = _medians(runs, target.device)
     level = {b: max(0.0, took["grow", b, last] - took["grow", b, first]) / (last - first) for b in BATCHES}
     return Costs(
         tuple((rows, took["verify", rows]) for rows in ROWS),
@@ -222,7 +222,7 @@ def _committed(drafter: TreeDrafter, batch: int) -> tuple[Any, Accepted]:
     return state, accepted(ACCEPTED, contemplated=drafter.contemplation is not None)
 
 
-def medians(runs: dict[Any, Callable[[], Any]], device: torch.device) -> dict[Any, float]:
+def _medians(runs: dict[Any, Callable[[], Any]], device: torch.device) -> dict[Any, float]:
     """Milliseconds of each: the median of several runs, all in turns."""
     found: dict[Any, list[float]] = {key: [] for key in runs}
     for _ in range(REPEATS + 1):

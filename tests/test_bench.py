@@ -13,7 +13,8 @@ from confu import cli
 from confu.bench import run as bench
 from confu.bench.answers import DecoderEngine
 from confu.bench.methods import Draft, choose_drafts, sweep_trees
-from confu.bench.results import read_results
+from confu.bench.results import ResultsWriter, read_results
+from confu.bench.round_costs import ROWS, SHORT, RoundCosts
 from confu.bench.run import cut
 from confu.config import SamplingConfig, TrainConfig, TreeConfig
 from confu.costs import Costs
@@ -248,6 +249,23 @@ def test_sweep_measures_every_tree_once(bench_run, tmp_path):
 
 
 # ---------------------------------------------------------------- failing, and going on
+
+
+def test_costs_are_sampled_between_the_questions(bench_run, monkeypatch, tmp_path):
+    events = []
+    sample, write = RoundCosts.sample, ResultsWriter.write
+    monkeypatch.setattr(RoundCosts, "sample", lambda self: (events.append("sample"), sample(self))[1])
+    monkeypatch.setattr(ResultsWriter, "write", lambda self, row: (events.append(row["question"]), write(self, row))[1])
+    assert bench_run("eagle3", "confu", "--methods", "plain,confu", "--costs")[0] == 0
+    questions = list(dict.fromkeys(event for event in events if event != "sample"))
+    assert events.count("sample") == len(questions) == len(QUESTIONS)
+    for question, following in zip(questions, [*questions[1:], None], strict=True):
+        end = events.index(following) if following else len(events)
+        assert events[events.index(question) : end][-1] == "sample"
+    costs = json.loads((tmp_path / "out" / "run.json").read_text())["costs"]
+    assert {(rows, prefix) for rows, prefix, _ in costs["target"]} == {(r, p) for r in ROWS for p in (SHORT, 448)}
+    assert all(seconds > 0 for _, _, seconds in costs["target"])
+    assert set(costs["rounds"]) == {"plain", "confu"}
 
 
 def test_an_answer_that_is_not_the_targets_fails_the_run(bench_run, monkeypatch):

@@ -90,6 +90,11 @@ class ResultsWriter:
     def is_done(self, question: Question, method: str, repeat: int) -> bool:
         return all((question.id, turn, method, repeat) in self._done for turn in range(len(question.turns)))
 
+    def note_costs(self, costs: dict[str, Any]) -> None:
+        """What rounds cost, into run.json."""
+        self.run["costs"] = costs
+        _write(self.path.parent / "run.json", self.run)
+
     def write(self, row: Row) -> None:
         self._file.write(json.dumps({"schema_version": SCHEMA_VERSION, **row}, ensure_ascii=False) + "\n")
         self._file.flush()

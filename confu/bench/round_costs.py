@@ -5,8 +5,8 @@ It goes into run.json, where `simulate.py` reads it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+import time
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
@@ -16,59 +16,76 @@ from confu.bench.answers import DecoderEngine
 from confu.bench.methods import TRAINED, Method
 from confu.bench.results import PLAIN
 from confu.bench.simulate import forward_cost, rows_of
+from confu.cache import KVCache
 from confu.config import SamplingConfig
 from confu.generate import Decoder
 from confu.stats import Stats
 from confu.target import Target
-from confu.tree import chain
-from confu.tune import REPEATS, medians
+from confu.tree import Tree, chain
 
 ROWS = (1, 4, 16, 64)
 SHORT, LONG = 32, 512  # tokens in the cache
 TOKENS = 16
+SAMPLES = 8
 
 
-@torch.inference_mode()
-def measure(methods: Sequence[Method]) -> dict[str, Any]:
-    """``target``: [rows, prefix, seconds] of verification forwards. ``rounds``: what a round takes beyond that with the
-    plain target and with each trained draft (how much lookup drafts depends on the text), as ``draft``, ``other`` and
-    ``walk``: the draw, the walk, and what contemplate rows save, which need no logits."""
-    constant = [method for method in methods if method.facts["kind"] in (PLAIN, *TRAINED)]
-    decoders = {m.name: (m.engine.decoder, m.facts) for m in constant if isinstance(m.engine, DecoderEngine)}
-    target = decoders[PLAIN][0].target
-    longest = min(LONG, target.max_positions - max(ROWS))
-    forwards = {key: run for prefix in (SHORT, longest) for key, run in _forwards(target, prefix).items()}
-    took = medians(forwards, target.device)
-    points = [(rows, prefix, milliseconds / 1e3) for (rows, prefix), milliseconds in took.items()]
-    parts = {name: [] for name in decoders}
-    for _ in range(REPEATS + 1):
-        for name, (decoder, _facts) in decoders.items():
-            parts[name].append(_round(decoder))
-    rounds = {}
-    for name, (_decoder, facts) in decoders.items():
-        verify, draft, other = (median(seconds) for seconds in zip(*parts[name][1:], strict=True))  # the first warms up
-        walk = verify - forward_cost(points, rows_of(facts), SHORT + TOKENS / 2)
-        rounds[name] = {"draft": draft, "other": other, "walk": walk}
-    return {"target": points, "rounds": rounds}
+class RoundCosts:
+    """Medians of samples that are taken while a benchmark runs: a machine drifts by more in its minutes than a model of
+    costs may be off, so forwards, rounds and answers have to be measured in the same ones."""
+
+    @torch.inference_mode()
+    def __init__(self, methods: Sequence[Method]) -> None:
+        constant = [method for method in methods if method.facts["kind"] in (PLAIN, *TRAINED)]
+        engines = {m.name: m.engine for m in constant}
+        self._decoders = {name: e.decoder for name, e in engines.items() if isinstance(e, DecoderEngine)}
+        self._facts = {method.name: method.facts for method in constant}
+        target = self._target = self._decoders[PLAIN].target
+        longest = min(LONG, target.max_positions - max(ROWS))
+        self._behind = {prefix: _filled(target, prefix) for prefix in (SHORT, longest)}
+        self._forwards: dict[tuple[int, int], list[float]] = {}
+        self._rounds: dict[str, list[tuple[float, float, float]]] = {name: [] for name in self._decoders}
+
+    @torch.inference_mode()
+    def sample(self) -> None:
+        """Every forward and a short answer of every method, once."""
+        for prefix, cache in self._behind.items():
+            for rows in ROWS:
+                tree = _any_tree(self._target, rows)
+                began = time.perf_counter()
+                self._target.verify(cache, tree)
+                if self._target.device.type == "cuda":
+                    torch.cuda.synchronize()
+                self._forwards.setdefault((rows, prefix), []).append(time.perf_counter() - began)
+        for name, decoder in self._decoders.items():
+            self._rounds[name].append(_round(decoder))
+
+    def found(self) -> dict[str, Any]:
+        """``target``: [rows, prefix, seconds] of verification forwards. ``rounds``: what a round takes beyond that with
+        the plain target and with each trained draft (how much lookup drafts depends on the text), as ``draft``,
+        ``other`` and ``walk``: the draw, the walk, and what contemplate rows save, which need no logits."""
+        points = [(rows, prefix, median(seconds)) for (rows, prefix), seconds in self._forwards.items()]
+        rounds = {}
+        for name, parts in self._rounds.items():
+            verify, draft, other = (median(seconds) for seconds in zip(*parts, strict=True))
+            walk = verify - forward_cost(points, rows_of(self._facts[name]), SHORT + TOKENS / 2)
+            rounds[name] = {"draft": draft, "other": other, "walk": walk}
+        return {"target": points, "rounds": rounds}
 
 
-def _forwards(target: Target, prefix: int) -> dict[tuple[int, int], Callable[[], object]]:
-    """Verifications of so many rows behind ``prefix`` tokens, again and again: nothing is kept."""
+def _filled(target: Target, prefix: int) -> KVCache:
     cache = target.new_cache(1, prefix + max(ROWS))
-    tokens = torch.arange(prefix, device=target.device)[None] % target.vocab_size
-    target.prefill(cache, tokens, [prefix])
-    runs: dict[tuple[int, int], Callable[[], object]] = {}
-    for rows in ROWS:
-        drafted = torch.arange(rows - 1, device=target.device)[None] % target.vocab_size
-        tree = chain(tokens[:, 0], drafted, torch.tensor([rows - 1], device=target.device))
-        runs[rows, prefix] = partial(target.verify, cache, tree)
-    return runs
+    target.prefill(cache, torch.arange(prefix, device=target.device)[None] % target.vocab_size, [prefix])
+    return cache
+
+
+def _any_tree(target: Target, rows: int) -> Tree:
+    tokens = torch.arange(rows, device=target.device)[None] % target.vocab_size
+    return chain(tokens[:, 0], tokens[:, 1:], torch.tensor([rows - 1], device=target.device))
 
 
 def _round(decoder: Decoder) -> tuple[float, float, float]:
     """Target, draft and other seconds of a round, over a short answer to a made-up prompt."""
-    prompt = [token % decoder.target.vocab_size for token in range(2, SHORT + 2)]
-    stats = Stats()
+    prompt, stats = [token % decoder.target.vocab_size for token in range(2, SHORT + 2)], Stats()
     decoder.generate([prompt], SamplingConfig(max_new_tokens=TOKENS, ignore_eos=True), stats=stats)
     count = max(1, stats.num_rounds)
     return stats.target_seconds / count, stats.draft_seconds / count, stats.other_seconds / count

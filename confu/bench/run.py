@@ -19,6 +19,7 @@ from confu.bench.answers import Answer, DecoderEngine
 from confu.bench.methods import Method
 from confu.bench.questions import Question, Suite
 from confu.bench.results import PLAIN, ResultsWriter, Row
+from confu.bench.round_costs import SAMPLES, RoundCosts
 from confu.config import BenchConfig, SamplingConfig
 from confu.data.conversations import draw_seed, failure
 from confu.info import checkout, environment
@@ -37,9 +38,11 @@ def run_bench(
     run: dict[str, Any],
     *,
     repeats: int = 1,
+    costs: bool = False,
     progress: Progress = lambda stage, fraction: None,
 ) -> Path:
-    """Measure what ``out`` has no row of yet; returns its results.jsonl. ``methods`` begin with the plain target."""
+    """Measure what ``out`` has no row of yet; returns its results.jsonl. ``methods`` begin with the plain target. With
+    ``costs`` what rounds cost is sampled between the questions."""
     plain = methods[0].engine
     assert isinstance(plain, DecoderEngine)
     bench = _Bench(plain, config, shown=[question.id for question in suite.questions[:SHOWN]])
@@ -49,6 +52,8 @@ def run_bench(
         progress("warming up", None)
         for method in methods:
             bench.warm_up(method, suite.questions[0])
+        meter = RoundCosts(methods) if costs else None
+        between = max(1, repeats * len(batches) // SAMPLES)
         for repeat in range(repeats):
             for number, batch in enumerate(batches):
                 progress("measuring", (repeat * len(suite.questions) + number * size) / total)
@@ -57,6 +62,10 @@ def run_bench(
                     if not all(results.is_done(question, method.name, repeat) for question in batch):
                         for row in bench.converse(method, batch, repeat):
                             results.write(row)
+                if meter is not None and (repeat * len(batches) + number) % between == 0:
+                    meter.sample()
+        if meter is not None:
+            results.note_costs(meter.found())
         return results.path
 
 

@@ -68,7 +68,7 @@ def bench(
     repeats
         How often every question is asked.
     costs
-        Measure first what forwards and drafts cost here; the report predicts speeds from it and compares.
+        Sample between the questions what forwards and drafts cost; the report predicts speeds from it, and compares.
     peer
         Measure another engine, too, as NAME[=PYTHON[,MODEL]]: transformers, llama.cpp, vllm or eagle3-reference, by the
         interpreter of its environment.
@@ -95,7 +95,6 @@ def bench(
         progress.wait("starting")
         from confu.bench.methods import choose_drafts, load_methods, sweep_trees
         from confu.bench.peer import open_peers
-        from confu.bench.round_costs import measure
         from confu.bench.run import describe, run_bench
 
         wanted = [word.strip() for word in (methods or "").split(",") if word.strip()]
@@ -117,10 +116,7 @@ def bench(
                     terminal.complain(sentence)
                 loaded += peers
                 run = describe(found, loaded, settings, name, repeats)
-                if costs:
-                    progress("measuring costs", None)
-                    run["costs"] = measure(loaded)
-                results = run_bench(found, loaded, settings, out, run, repeats=repeats, progress=progress)
+                results = run_bench(found, loaded, settings, out, run, repeats=repeats, costs=costs, progress=progress)
         except KeyboardInterrupt:
             return complain(f"interrupted; go on with: confu {shlex.join(sys.argv[1:])}", INTERRUPTED)
     return 0 if show_results(terminal, results, results.parent) else 1
