@@ -144,10 +144,9 @@ class Recorded:
 
     def __init__(self, run: Run, record: Record) -> None:
         self._do: Run | None = None
-        self._run: Run | None = (
-            run  # refers to what refers to this; so it goes, and a graph's memory with its last user
-        )
         self._record = record
+        # It refers to what refers to this; so it goes when recorded, and a graph's memory with its last user.
+        self._run: Run | None = run
 
     def __call__(self) -> tuple[Tensor, ...]:
         if self._run is not None:

@@ -60,13 +60,16 @@ def forget_mapped(weights: Iterable[Tensor]) -> None:
 
 def return_freed_memory() -> None:
     """Give the kernel back what loading has freed, which glibc keeps for the next allocation."""
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    if libc := _glibc():
+        libc.malloc_trim(0)
 
 
 def reuse_freed_memory() -> None:
     """Let glibc keep large freed blocks instead of returning them to the kernel: page faults took half of a step."""
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
+    if libc := _glibc():
         for option, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX: never mmap; M_TRIM_THRESHOLD: never trim
             libc.mallopt(option, value)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" else None

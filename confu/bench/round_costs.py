@@ -36,8 +36,7 @@ class RoundCosts:
     @torch.inference_mode()
     def __init__(self, methods: Sequence[Method]) -> None:
         constant = [method for method in methods if method.facts["kind"] in (PLAIN, *TRAINED)]
-        engines = {m.name: m.engine for m in constant}
-        self._decoders = {name: e.decoder for name, e in engines.items() if isinstance(e, DecoderEngine)}
+        self._decoders = {m.name: m.engine.decoder for m in constant if isinstance(m.engine, DecoderEngine)}
         self._facts = {method.name: method.facts for method in constant}
         target = self._target = self._decoders[PLAIN].target
         longest = min(LONG, target.max_positions - max(ROWS))
