@@ -53,6 +53,7 @@ TREES = (
 )
 CONTEMPLATE = (None, 4, 2, 1, 0)
 FEW = 1  # contemplate rows while limits are compared: with one behind every node only small trees pay
+ONLY_TRAINED = "Only a trained draft has trees to tune; name one (`confu info` lists them)."
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def tune(
     with the fastest limits several numbers of contemplate rows; the fastest win. Raises ValueError for a decoder whose
     draft scores no trees."""
     if not isinstance(decoder.drafter, TreeDrafter):
-        raise ValueError("Only a trained draft has trees to tune; name one (`confu info` lists them).")
+        raise ValueError(ONLY_TRAINED)
     progress("measuring costs", None)
     costs = measure(decoder, decoder.drafter)
     named = [("default tree", TreeConfig(), False)]

@@ -15,7 +15,7 @@ from tiny_data import ROWS, byte_tokenizer, tiny_llama, write_jsonl
 
 import confu.generate
 from confu import cli, lossless
-from confu.config import TrainConfig
+from confu.config import TrainConfig, TreeConfig
 from confu.data.corpus import Corpus
 from confu.data.documents import Document
 from confu.draft import DraftModel
@@ -550,7 +550,8 @@ def test_closed_pipe_is_silent():
 def test_what_tune_found_is_used(confu_run, home, monkeypatch):
     from confu import tune
 
-    for name, value in {"ROWS": (1, 8), "BATCHES": (1,), "PREFIX": 16}.items():
+    sizes = {"ROWS": (1, 8), "BATCHES": (1,), "PREFIX": 16, "CONTEMPLATE": (None, 0), "PASSES": 1}
+    for name, value in (sizes | {"TREES": (TreeConfig(nodes=8, depth=3, topk=3),)}).items():
         monkeypatch.setattr(tune, name, value)
     try:
         status, out, _ = confu_run("tune", "confu", "--max-new-tokens", "8", "--dtype", "float32", "--json")
@@ -571,6 +572,7 @@ def test_what_tune_found_is_used(confu_run, home, monkeypatch):
         assert "written to" in err
     finally:
         (home / "confu" / "tuned.json").unlink(missing_ok=True)
-    assert confu_run("tune", "lookup")[0] == 2
+    for draft in ("lookup", "draft-model:anything"):  # without a target being fetched
+        assert "Only a trained draft has trees to tune" in confu_run("tune", draft)[2]
     status, _, err = confu_run("tune", "confu", "--max-new-tokens", "4")
     assert (status, "give 8 or more" in err) == (2, True)

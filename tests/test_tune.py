@@ -110,13 +110,19 @@ def test_only_trained_drafts_are_tuned(target):
             tune.tune(Decoder(target, drafter), [[1, 2]], max_new_tokens=8)
 
 
-@pytest.fixture
-def tuning(target, drafters, monkeypatch, tmp_path):
-    monkeypatch.setenv("CONFU_CACHE", str(tmp_path / "cache"))
-    for name, value in {"ROWS": (1, 8), "BATCHES": (1,), "PREFIX": 16, "TREES": (TreeConfig(8, 3, 3),) * 2}.items():
-        monkeypatch.setattr(tune, name, value)
+@pytest.fixture(scope="module")
+def tuned(target, drafters):
     decoder = Decoder(target, drafters["confu"])
-    return decoder, tune.tune(decoder, [list(p) for p in PROMPTS], max_new_tokens=8)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"ROWS": (1, 8), "BATCHES": (1,), "PREFIX": 16, "TREES": (TreeConfig(8, 3, 3),) * 2}.items():
+            patch.setattr(tune, name, value)
+        return decoder, tune.tune(decoder, [list(p) for p in PROMPTS], max_new_tokens=8)
+
+
+@pytest.fixture
+def tuning(tuned, monkeypatch, tmp_path):
+    monkeypatch.setenv("CONFU_CACHE", str(tmp_path / "cache"))
+    return tuned
 
 
 def test_the_fastest_limits_win(tuning):

@@ -31,13 +31,16 @@ def tune(
     if max_new_tokens < 8:
         raise ValueError(f"--max-new-tokens is {max_new_tokens}; give 8 or more.")
     terminal = output.terminal()
-    decoder, names = load(terminal, draft, target, compute, TreeOptions(nodes=1))  # whatever was found before
-    from confu.load import encode_prompt
-    from confu.lossless import PROMPTS
-    from confu.models import draft_path
-    from confu.tune import machine_key, tune, write
+    with Stages(terminal) as progress:
+        progress.wait("starting")
+        from confu.load import encode_prompt, is_untrained
+        from confu.lossless import PROMPTS
+        from confu.models import draft_path
+        from confu.tune import ONLY_TRAINED, machine_key, tune, write
 
-    assert draft is not None
+    if draft is None or is_untrained(draft):  # before a target is fetched
+        raise ValueError(ONLY_TRAINED)
+    decoder, names = load(terminal, draft, target, compute, TreeOptions(nodes=1))  # whatever was found before
     assert decoder.tokenizer is not None
     texts = [json.loads(line)["prompt"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
     prompts = [encode_prompt(decoder.tokenizer, text) for text in texts]
