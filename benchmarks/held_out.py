@@ -28,9 +28,8 @@ from confu.info import checkout, device_name
 from confu.load import find_dtype, load_target
 from confu.models import draft_path
 from confu.target import Target
-from confu.training.objective import draw_anchors, foretell, gather_rows, supervised_steps, unroll
+from confu.training.objective import draw_anchors, foretell, pack_rows, supervised_steps, unroll
 from confu.training.schedule import step_plan
-from confu.tree import take
 
 RESULTS = Path(__file__).resolve().parent / "results"
 STEPS, BEST, MOST_LAG = 5, 4, 7
@@ -101,31 +100,31 @@ def judge(draft: DraftModel, target: Target, corpus: Corpus, batch_tokens: int) 
 
 def _judge_batch(draft: DraftModel, target: Target, batch: Batch, generator: torch.Generator) -> Outcome:
     tokens, width = batch.tokens, batch.tokens.shape[1]
-    rows = gather_rows(supervised_steps(batch.spans, STEPS))
+    supervised = supervised_steps(batch.spans, STEPS)
+    rows = pack_rows(supervised)
     cache = target.new_cache(*tokens.shape) if draft.contemplation else None
     features, final = target.teach(tokens, cache)
     future = None
     if draft.contemplation is not None:  # an f for every row, as when every node of a tree carries a contemplate row
-        anchors = draw_anchors(rows, width, replication=1, max_router_lag=MOST_LAG, generator=generator)
+        anchors = draw_anchors(supervised[0], replication=1, max_router_lag=MOST_LAG, generator=generator)
         future = foretell(target, draft.contemplation, cache, tokens, features, anchors)
-    valid = rows.supervised[0]
     kl, hits = (torch.zeros(rows.supervised.shape, device=target.device) for _ in range(2))
     best = torch.empty(0)
     for step, read in enumerate(unroll(draft, target, tokens, features, rows, future)):
         log_q = draft.lm_head(read).float().log_softmax(-1)
-        taught = take(final, (rows.index + 1 + step).clamp(max=width - 1))
-        log_p = target.head_rows(taught.flatten(0, 1), draft.target_ids()).float().log_softmax(-1).view_as(log_q)
+        ahead = (rows.index + 1 + step).clamp(max=width - 1)
+        log_p = target.head_rows(final[rows.sequence, ahead], draft.target_ids()).float().log_softmax(-1)
         kl[step] = (log_p.exp() * (log_p - log_q)).sum(-1)
-        drafted = draft.target_ids()[log_q.topk(BEST).indices]  # [B, Q, BEST]
-        hits[step] = (drafted[..., 0] == tokens.gather(1, (rows.index + 2 + step).clamp(max=width - 1))).float()
+        drafted = draft.target_ids()[log_q.topk(BEST).indices]  # [R, BEST]
+        hits[step] = (drafted[:, 0] == tokens[rows.sequence, (ahead + 1).clamp(max=width - 1)]).float()
         best = drafted if step == 0 else best
-    own = tokens.gather(1, rows.index + 1)
-    follows = (rows.index[:, 1:] == rows.index[:, :-1] + 1) & valid[:, :-1]
-    among = best[:, :-1] == own[:, 1:, None]
-    foreseen, surprising = torch.zeros_like(valid), torch.zeros_like(valid)
-    foreseen[:, 1:], surprising[:, 1:] = among[..., 0] & follows, ~among.any(-1) & follows
-    kept = (x[..., valid].cpu() for x in (kl, hits > 0, rows.supervised, foreseen, surprising))
-    return Outcome(*kept)
+    own = tokens[rows.sequence, rows.index + 1]
+    places = rows.places(width)
+    follows = places[1:] == places[:-1] + 1  # never across sequences: the last two tokens of one start no row
+    among = best[:-1] == own[1:, None]
+    foreseen, surprising = (torch.zeros_like(rows.supervised[0]) for _ in range(2))
+    foreseen[1:], surprising[1:] = among[:, 0] & follows, ~among.any(-1) & follows
+    return Outcome(*(x.cpu() for x in (kl, hits > 0, rows.supervised, foreseen, surprising)))
 
 
 def parse() -> argparse.Namespace:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_data import CHATML, END, START, byte_tokenizer, write_jsonl
 
-from confu.data.corpus import collate, read_corpus
+from confu.data.corpus import collate, epoch_plan, read_corpus
 from confu.data.documents import Document, tokenize_row
 from confu.training.schedule import step_plan
 
@@ -255,3 +255,12 @@ def test_padded_tokens_stay_within_the_budget(budget):
         used = sum(sum(b.lengths) for b in take(150, budget=budget))
         assert used > 0.8 * sum(count * width for count, width in sizes)  # similar lengths come together
         assert max(count * width for count, width in sizes) > 0.8 * budget
+
+
+@pytest.mark.parametrize("budget", [2048, 16384])
+def test_large_batches_pad_as_little(budget):
+    spread = torch.empty(4000).exponential_(generator=torch.Generator().manual_seed(0))
+    documents = [document(7, n) for n in (30 + 200 * spread).clamp(max=1024).int().tolist()]
+    plan = epoch_plan(documents, budget, torch.Generator().manual_seed(1))
+    lengths = [[len(documents[i].tokens) for i in batch] for batch in plan]
+    assert sum(map(sum, lengths)) > 0.94 * sum(len(batch) * max(batch) for batch in lengths)

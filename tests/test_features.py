@@ -14,7 +14,7 @@ from confu.data.corpus import collate, read_corpus
 from confu.target import Target
 from confu.training import features as features_module
 from confu.training.features import FeatureStore, taught_tokens
-from confu.training.objective import gather_rows, losses, supervised_steps
+from confu.training.objective import losses, pack_rows, supervised_steps
 from confu.training.start import new_eagle3
 from confu.training.train import train
 
@@ -71,10 +71,10 @@ def test_taught_tokens_of_two_spans():
 
 def test_taught_tokens_serve_every_step():
     spans = torch.tensor([0, 0, 1, 1, 1, 1, 0, 2, 2, 2])
-    rows = gather_rows(supervised_steps(spans[None], 4))
+    rows = pack_rows(supervised_steps(spans[None], 4))
     taught = taught_tokens(spans)
-    for step, counted in enumerate(rows.supervised[:, 0]):
-        assert taught[rows.index[0][counted] + 1 + step].all()
+    for step, counted in enumerate(rows.supervised):
+        assert taught[rows.index[counted] + 1 + step].all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

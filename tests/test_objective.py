@@ -23,8 +23,8 @@ from confu.training.objective import (
     HeadCrossEntropy,
     Rows,
     draw_anchors,
-    gather_rows,
     losses,
+    pack_rows,
     supervised_steps,
     unroll,
 )
@@ -88,15 +88,12 @@ def test_supervised_steps_and_rows_by_brute_force(spans, steps):
     expected = naive_supervised(spans, steps)
     assert supervised.tolist() == expected
 
-    rows = gather_rows(supervised)
-    counts = [sum(row) for row in expected[0]]
-    assert rows.index.shape == (len(spans), max(counts))
-    for b, count in enumerate(counts):
-        served = [i for i in range(len(spans[b])) if expected[0][b][i]]
-        assert rows.index[b, :count].tolist() == served  # in front, in order
-        for k in range(steps):
-            got = rows.supervised[k, b].tolist()
-            assert got == [expected[k][b][i] for i in served] + [False] * (max(counts) - count)
+    rows = pack_rows(supervised)
+    served = [(b, i) for b in range(len(spans)) for i in range(len(spans[b])) if expected[0][b][i]]  # in order
+    assert list(zip(rows.sequence.tolist(), rows.index.tolist(), strict=True)) == served
+    assert rows.supervised.tolist() == [[expected[k][b][i] for b, i in served] for k in range(steps)]
+    states = torch.randn(*supervised.shape[1:], 2)
+    assert rows.of(states)[0].tolist() == [states[b, i].tolist() for b, i in served]
 
 
 # ---------------------------------------------------------------- anchors
@@ -112,9 +109,9 @@ def anchor_cases(draw):
 def test_every_row_is_served_by_the_latest_anchor_in_reach(case):
     spans, reach, max_lag, seed = case
     width = len(spans[0])
-    rows = gather_rows(supervised_steps(torch.tensor(spans), 2))
+    served = supervised_steps(torch.tensor(spans), 2)[0]
     anchors = draw_anchors(
-        rows, width, replication=reach, max_router_lag=max_lag, generator=torch.Generator().manual_seed(seed)
+        served, replication=reach, max_router_lag=max_lag, generator=torch.Generator().manual_seed(seed)
     )
     assert (anchors.position >= 1).all()  # a router must sit before
     assert (anchors.position <= width - 1).all()
@@ -124,7 +121,7 @@ def test_every_row_is_served_by_the_latest_anchor_in_reach(case):
     assert (anchors.router >= 0).all()
     for b in range(len(spans)):
         positions = anchors.position[b].tolist()
-        supervised = rows.index[b, rows.supervised[0, b]].tolist()
+        supervised = served[b].nonzero()[:, 0].tolist()
         for i in range(width):
             within = [a for a in positions if a <= i < a + reach and i in supervised]
             served_by = anchors.served_by[b, i].item()
@@ -138,8 +135,8 @@ def test_anchors_cover_most_rows_and_lags_spread():
     """A long answer: one anchor in l rows, evenly jittered; the row before the answer, from which decoding starts,
     always has one of its own."""
     spans = torch.tensor([[0] * 10 + [1] * 200 + [0] * 6] * 20)
-    rows = gather_rows(supervised_steps(spans, 1))
-    anchors = draw_anchors(rows, 216, replication=8, max_router_lag=7, generator=torch.Generator().manual_seed(0))
+    [served] = supervised_steps(spans, 1)
+    anchors = draw_anchors(served, replication=8, max_router_lag=7, generator=torch.Generator().manual_seed(0))
     assert anchors.position.shape == (20, 25)  # 199 supervised rows, 8 to an anchor
     assert (anchors.position[:, 0] == 9).all()
     assert torch.equal((anchors.position - 9) // 8, torch.arange(25).expand(20, -1))
@@ -148,7 +145,7 @@ def test_anchors_cover_most_rows_and_lags_spread():
     assert torch.bincount((anchors.position - anchors.router).flatten(), minlength=8)[1:].min() > 40  # of 71
     share = (anchors.served_by[:, 9:208] >= 0).float().mean()
     assert 0.75 < share < 0.95
-    again = draw_anchors(rows, 216, replication=8, max_router_lag=7, generator=torch.Generator().manual_seed(0))
+    again = draw_anchors(served, replication=8, max_router_lag=7, generator=torch.Generator().manual_seed(0))
     assert all(torch.equal(getattr(anchors, f.name), getattr(again, f.name)) for f in dataclasses.fields(Anchors))
 
 
@@ -267,7 +264,7 @@ def test_unroll_is_decoding_row_by_row(model, target, method):
     steps, draft = 4, tiny_draft(method)
     tokens = text(2, 13, seed=3)
     spans = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 2, 2, 2], [1, 1, 1, 1, 0, 0, 2, 2, 2, 2, 2, 0, 0]])
-    rows = gather_rows(supervised_steps(spans, steps))
+    rows = pack_rows(supervised_steps(spans, steps))
     features, _ = target.teach(tokens, None)
     future = None
     if method.startswith("confu"):
@@ -280,15 +277,13 @@ def test_unroll_is_decoding_row_by_row(model, target, method):
     assert len(outs) == steps
 
     num_compared = 0
-    for b in range(2):
-        for q in rows.supervised[0, b].nonzero()[:, 0].tolist():
-            i = rows.index[b, q].item()
-            reach = int(rows.supervised[:, b, q].sum())  # steps that are taught
-            told = told_rows(future, b) if future is not None else None
-            expected = naive_chain(draft, model, tokens[b].tolist(), features[b], i, reach, told)
-            for k in range(reach):
-                torch.testing.assert_close(outs[k][b, q], expected[k], atol=5e-5, rtol=1e-4)
-                num_compared += 1
+    for r, (b, i) in enumerate(zip(rows.sequence.tolist(), rows.index.tolist(), strict=True)):
+        reach = int(rows.supervised[:, r].sum())  # steps that are taught
+        told = told_rows(future, b) if future is not None else None
+        expected = naive_chain(draft, model, tokens[b].tolist(), features[b], i, reach, told)
+        for k in range(reach):
+            torch.testing.assert_close(outs[k][r], expected[k], atol=5e-5, rtol=1e-4)
+            num_compared += 1
     assert num_compared == sum(map(int, rows.supervised.flatten()))
 
 
@@ -327,7 +322,7 @@ def test_training_sees_what_decoding_computes(target, method):
     for b, n in enumerate(counts):
         sequence = torch.cat([prompts[b : b + 1, :n], tree.tokens[b : b + 1]], dim=1)  # root and chain behind
         h, _ = target.teach(sequence, None)
-        rows = Rows(last[b : b + 1, None], torch.ones(depth, 1, 1, dtype=torch.bool))
+        rows = Rows(torch.tensor([0]), last[b : b + 1], torch.ones(depth, 1, dtype=torch.bool))
         future = None
         if f is not None:  # rows 3 to n - 1 came with an f each
             served_by = torch.full((1, sequence.shape[1]), -1)
@@ -335,7 +330,7 @@ def test_training_sees_what_decoding_computes(target, method):
             future = Future(f[b : b + 1], Anchors(own[b : b + 1] + first, own[b : b + 1], served_by))
         outs = unroll(draft, target, sequence, h, rows, future)
         for k in range(depth):
-            trained = draft.lm_head(outs[k][0, 0])
+            trained = draft.lm_head(outs[k][0])
             torch.testing.assert_close(logits[k][b, 0], trained, atol=1e-5, rtol=1e-4)
             assert draft.target_ids()[trained.argmax()] == tree.tokens[b, k + 1]
 
@@ -411,10 +406,8 @@ def test_confu_loss_is_the_formula(model, target, method):
     lag, generator = 3, torch.Generator().manual_seed(7)
     ours = losses(draft, target, BATCH, ttt_steps=4, step_decay=0.8, max_router_lag=lag, generator=generator)
 
-    rows = gather_rows(supervised_steps(SPANS, 4))
-    anchors = draw_anchors(
-        rows, 12, replication=3, max_router_lag=lag, generator=torch.Generator().manual_seed(7)
-    )  # fmt: skip
+    served = supervised_steps(SPANS, 4)[0]
+    anchors = draw_anchors(served, replication=3, max_router_lag=lag, generator=torch.Generator().manual_seed(7))
     f = []
     for b in range(2):
         tokens = BATCH.tokens[b].tolist()
@@ -467,14 +460,9 @@ def test_a_draft_that_says_what_the_target_says_has_no_loss(model, target, monke
         draft.lm_head.weight.copy_(model.lm_head.weight[draft.target_ids()])
 
     def oracle(draft, target, tokens, features, rows, future):
-        outs = [torch.zeros(*rows.index.shape, 48) for _ in range(steps)]
-        for k in range(steps):
-            for b in range(len(tokens)):
-                out = model(input_ids=tokens[b : b + 1], output_hidden_states=True)
-                for q in range(rows.index.shape[1]):
-                    at = min(rows.index[b, q].item() + 1 + k + shift, tokens.shape[1] - 1)
-                    outs[k][b, q] = out.hidden_states[-1][0, at]  # normed: what the target's head reads
-        return outs
+        states = model(input_ids=tokens, output_hidden_states=True).hidden_states[-1]  # normed: the head reads them
+        ahead = [(rows.index + 1 + k + shift).clamp(max=tokens.shape[1] - 1) for k in range(steps)]
+        return [states[rows.sequence, at] for at in ahead]
 
     monkeypatch.setattr(objective, "unroll", oracle)
     result = losses(draft, target, BATCH, ttt_steps=steps, step_decay=0.8)

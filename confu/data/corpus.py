@@ -119,12 +119,14 @@ def collate(documents: list[Document]) -> Batch:
 
 def epoch_plan(documents: Sequence[Document], batch_tokens: int, generator: torch.Generator) -> list[list[int]]:
     """Document numbers of one epoch's batches: shuffle, sort windows of the shuffled order by length, cut them into
-    batches of at most ``batch_tokens`` padded tokens (or one longer document), shuffle the batches."""
+    batches of at most ``batch_tokens`` padded tokens (or one longer document), shuffle the batches. Larger batches need
+    larger windows, so that conversations of one batch are alike in length."""
     lengths = documents.lengths if isinstance(documents, Shards) else [len(d.tokens) for d in documents]
     order = torch.randperm(len(lengths), generator=generator).tolist()
     plan: list[list[int]] = []
-    for first in range(0, len(order), 256):
-        window = sorted(order[first : first + 256], key=lengths.__getitem__)
+    size = max(256, batch_tokens // 8)
+    for first in range(0, len(order), size):
+        window = sorted(order[first : first + size], key=lengths.__getitem__)
         batch: list[int] = []
         for i in window:  # lengths ascend, so document i decides the padded width
             if batch and lengths[i] * (len(batch) + 1) > batch_tokens:

@@ -216,11 +216,11 @@ class _Walk:
 
     def correct_steps(self, row: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
         """How many steps from this row on predict the text's next token, before the first that does not."""
-        every_step = torch.ones(self.depth, len(row), 1, dtype=torch.bool, device=row.device)
-        rows = Rows(row[:, None], every_step)
+        every_step = torch.ones(self.depth, len(row), dtype=torch.bool, device=row.device)
+        rows = Rows(torch.arange(len(row), device=row.device), row, every_step)
         correct = []
         for step, read in enumerate(unroll(self.draft, self.target, self.tokens, self.features, rows, self.future)):
-            predicted = self.draft.target_ids()[self.draft.lm_head(read[:, 0]).argmax(-1)]
+            predicted = self.draft.target_ids()[self.draft.lm_head(read).argmax(-1)]
             following = (row[:, None] + 2 + step).clamp(max=self.tokens.shape[1] - 1)
             correct.append(predicted == self.tokens.gather(1, following)[:, 0])
         return torch.stack(correct).long().cumprod(0).sum(0)

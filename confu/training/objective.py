@@ -4,7 +4,10 @@ Rows and steps: row i of a sequence starts a chain; its step k reads token x[i+1
 target's distribution of x[i+2+k]. Only rows that some step supervises are run at all; the others leave just their
 step-0 keys and values, which is all that later rows read of them.
 
-Shapes: B batch, T tokens, Q supervised rows of a sequence, R of the batch, A anchors, U draft vocabulary.
+Conversations are padded only where attention needs them side by side. The supervised rows of all of them are packed,
+one after another, so no product of an unrolled step and no logit is of padding.
+
+Shapes: B batch, T tokens, R supervised rows of the batch, A anchors, U draft vocabulary.
 """
 
 from __future__ import annotations
@@ -26,12 +29,20 @@ from confu.tree import take
 
 @dataclass(frozen=True)
 class Rows:
-    """The supervised rows of a batch, gathered to the front of each sequence."""
+    """The supervised rows of a batch: those of the first sequence in order, then those of the next."""
 
-    index: Int[Tensor, "B Q"]
-    """Row number i within its sequence; unsupervised rows where padded. All differ."""
-    supervised: Bool[Tensor, "K B Q"]
-    """Whether step k of the row counts; a row of step k+1 is one of step k."""
+    sequence: Int[Tensor, " R"]
+    index: Int[Tensor, " R"]
+    """Row number i within its sequence."""
+    supervised: Bool[Tensor, "K R"]
+    """Whether step k of the row counts; a row of step k+1 is one of step k, and all are of step 0."""
+
+    def places(self, length: int) -> Int[Tensor, " R"]:
+        """Where the rows lie among those of all sequences, of ``length`` each."""
+        return self.sequence * length + self.index
+
+    def of(self, states: Float[Tensor, "B T W"]) -> Float[Tensor, "1 R W"]:
+        return states.flatten(0, 1).index_select(0, self.places(states.shape[1]))[None]
 
 
 @dataclass(frozen=True)
@@ -88,39 +99,36 @@ def supervised_steps(spans: Int[Tensor, "B T"], ttt_steps: int) -> Bool[Tensor, 
     return torch.stack([(first > 0) & (first == padded[:, 2 + k : 2 + k + width]) for k in range(ttt_steps)])
 
 
-def gather_rows(supervised: Bool[Tensor, "K B T"]) -> Rows:
-    """Move each sequence's supervised rows to the front, in order, and drop the rest."""
-    any_step = supervised[0]
-    width = int(any_step.sum(1).max())
-    index = (~any_step).to(torch.uint8).sort(dim=1, stable=True).indices[:, :width]
-    return Rows(index, supervised.gather(2, index.expand(len(supervised), -1, -1)))
+def pack_rows(supervised: Bool[Tensor, "K B T"]) -> Rows:
+    """The rows that any step supervises."""
+    sequence, index = supervised[0].nonzero(as_tuple=True)
+    return Rows(sequence, index, supervised[:, sequence, index])
 
 
 def draw_anchors(
-    rows: Rows, num_tokens: int, *, replication: int, max_router_lag: int, generator: torch.Generator
+    served: Bool[Tensor, "B T"], *, replication: int, max_router_lag: int, generator: torch.Generator
 ) -> Anchors:
-    """One anchor in every ``replication`` rows, jittered within its block, from the first supervised row on.
+    """One anchor in every ``replication`` rows, jittered within its block, from the first row that is to be ``served``
+    (a supervised one) to the last.
 
     The router of an anchor sits 1 to ``max_router_lag`` positions before it, as when decoding, where all nodes of a
     tree are routed by the token accepted before the tree.
     """
-    valid = rows.supervised[0]
-    first = torch.where(valid, rows.index, num_tokens).min(dim=1).values
-    last = torch.where(valid, rows.index, -1).max(dim=1).values
+    batch, num_tokens = served.shape
+    place = torch.arange(num_tokens, device=served.device)
+    first = torch.where(served, place, num_tokens).amin(dim=1)
+    last = torch.where(served, place, -1).amax(dim=1)
     num_blocks = int(((last - first) // replication).max()) + 1
-    device, batch = first.device, len(first)
-    jitter = torch.randint(replication, (batch, num_blocks), generator=generator).to(device)
+    jitter = torch.randint(replication, (batch, num_blocks), generator=generator).to(served.device)
     jitter[:, 0] = 0  # the last prompt token always contemplates when decoding
-    position = (first[:, None] + torch.arange(num_blocks, device=device) * replication + jitter).clamp(
-        1, num_tokens - 2
-    )
-    lag = torch.randint(1, max_router_lag + 1, (batch, num_blocks), generator=generator).to(device)
-    distance = torch.arange(num_tokens, device=device)[:, None] - position[:, None, :]  # [B, T, A]
-    in_reach = (distance >= 0) & (distance < replication)
-    latest = torch.where(in_reach, distance, replication).min(dim=2)
-    counts = torch.zeros(batch, num_tokens, dtype=torch.bool, device=device)
-    counts.scatter_(1, rows.index, valid)  # which all differ
-    served_by = torch.where(counts & (latest.values < replication), latest.indices, -1)
+    starts = torch.arange(num_blocks, device=served.device) * replication
+    position = (first[:, None] + starts + jitter).clamp(1, num_tokens - 2)
+    lag = torch.randint(1, max_router_lag + 1, (batch, num_blocks), generator=generator).to(served.device)
+    block = ((place - first[:, None]) // replication).clamp(0, num_blocks - 1)  # [B, T]
+    latest = torch.where(position.gather(1, block) <= place, block, block - 1)
+    distance = place - position.gather(1, latest.clamp(min=0))
+    in_reach = (latest >= 0) & (distance < replication)
+    served_by = torch.where(served & in_reach, latest, -1)
     return Anchors(position, (position - lag).clamp(min=0), served_by)
 
 
@@ -142,8 +150,8 @@ def losses(
     the target's keys and values). ``normaliser`` is the number of supervised tokens of the whole step, where this
     batch is only a part of it.
     """
-    rows = gather_rows(supervised_steps(batch.spans, ttt_steps))
-    tokens = batch.tokens
+    supervised = supervised_steps(batch.spans, ttt_steps)
+    rows, tokens = pack_rows(supervised), batch.tokens
     cache = target.new_cache(len(tokens), tokens.shape[1]) if draft.contemplation else None
     assert taught is None or cache is None
     features, final = taught if taught is not None else target.teach(tokens, cache)
@@ -152,17 +160,14 @@ def losses(
     if draft.contemplation is not None and cache is not None:
         assert generator is not None
         anchors = draw_anchors(
-            rows,
-            tokens.shape[1],
+            supervised[0],
             replication=draft.config.replication,
             max_router_lag=max_router_lag,
             generator=generator,
         )
         future = foretell(target, draft.contemplation, cache, tokens, features, anchors)
 
-    valid = rows.supervised[0]
-    teachers = take(final, rows.index + 1)[valid]  # [R, D]; flat order is by sequence, then row
-    teacher = target.head_rows(teachers, draft.target_ids())  # [R, U]
+    teacher = target.head_rows(final[rows.sequence, rows.index + 1], draft.target_ids())  # [R, U]
     read = unroll(draft, target, tokens, features, rows, future)
     return _distil(draft, read, teacher, rows, step_decay, normaliser)
 
@@ -214,7 +219,7 @@ def unroll(
     features: Float[Tensor, "B T D3"],
     rows: Rows,
     future: Future | None,
-) -> list[Float[Tensor, "B Q D"]]:
+) -> list[Float[Tensor, "R D"]]:
     """What the head reads of each of the K unrolled steps. Step k attends step-0 keys up to its row, the keys that its
     own row left in steps 1..k, and the key that its f adds: all but the first kind are one key per row."""
     fused = draft.fuse(features)  # [B, T, D]
@@ -224,27 +229,37 @@ def unroll(
     place = torch.arange(tokens.shape[1], device=tokens.device)
     keys0, values0 = draft.keys_values(row0, place.expand(tokens.shape))
 
-    own: list[tuple[Tensor, Tensor, Tensor | None]] = []  # keys, values [B, G, Q, head], visible [B, Q]
-    if future is not None and draft.config.future_is("row", "kv"):
-        position, served_by = future.anchors.position, future.anchors.served_by.gather(1, rows.index)
-        keys, values = draft.future_slot(future.states, draft.fuse(take(features, position)), position)
-        index = served_by.clamp(min=0)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
-        own.append((keys.gather(2, index), values.gather(2, index), served_by >= 0))
+    own: list[tuple[Tensor, Tensor, Tensor | None]] = []  # keys, values [1, G, R, head], visible [1, R]
+    lags = torch.zeros_like(rows.index)[None]
+    if future is not None:
+        lags = future.anchors.lags()[rows.sequence, rows.index][None]
+        if draft.config.future_is("row", "kv"):
+            own.append(_future_slots(draft, features, rows, future))
 
-    hidden, read = take(fused, rows.index), []
-    third = take(third, rows.index) if third is not None else None
-    looked = draft.look(take(told, rows.index) if told is not None else None)
-    lags = future.anchors.lags().gather(1, rows.index) if future is not None else torch.zeros_like(rows.index)
+    hidden, read = rows.of(fused), []  # [1, R, D]: to the draft they are the rows of one sequence
+    third = rows.of(third) if third is not None else None
+    looked = draft.look(rows.of(told) if told is not None else None)
     for step in range(len(rows.supervised)):
-        following = tokens.gather(1, (rows.index + 1 + step).clamp(max=tokens.shape[1] - 1))
-        row = draft.row(target.embed(following), hidden, third)
-        positions = rows.index + step
+        following = tokens[rows.sequence, (rows.index + 1 + step).clamp(max=tokens.shape[1] - 1)]
+        row = draft.row(target.embed(following)[None], hidden, third)
+        positions = (rows.index + step)[None]
         if step > 0:
             own.append((*draft.keys_values(row, positions), None))
-        attended = attend_merged(draft.queries(row, positions), keys0, values0, rows.index, own)
+        attended = attend_merged(draft.queries(row, positions), keys0, values0, rows.places(tokens.shape[1]), own)
         hidden = draft.finish(hidden, attended)
-        read.append(draft.read(hidden, looked, lags + step))
+        read.append(draft.read(hidden, looked, lags + step)[0])
     return read
+
+
+def _future_slots(
+    draft: DraftModel, features: Float[Tensor, "B T D3"], rows: Rows, future: Future
+) -> tuple[Float[Tensor, "1 G R head"], Float[Tensor, "1 G R head"], Bool[Tensor, "1 R"]]:
+    """Keys and values that the f of its anchor adds for each row, and whether the row has one."""
+    position, anchor = future.anchors.position, future.anchors.served_by[rows.sequence, rows.index]
+    serving = Rows(rows.sequence, anchor.clamp(min=0), rows.supervised)
+    slots = draft.future_slot(future.states, draft.fuse(take(features, position)), position)  # [B, G, A, head] each
+    keys, values = (serving.of(x.transpose(1, 2).flatten(2)).unflatten(2, (x.shape[1], -1)) for x in slots)
+    return keys.transpose(1, 2), values.transpose(1, 2), (anchor >= 0)[None]
 
 
 def _distil(
@@ -260,21 +275,18 @@ def _distil(
     p = log_p.exp()
     negative_entropy = (p * log_p).sum(-1)  # vecdot would be in bfloat16 here
     best = p.argmax(-1)
-    valid = rows.supervised[0]
     total = torch.zeros((), device=teacher.device)
     kls, accuracies = [], []
     for step, states in enumerate(read):
         counted = rows.supervised[step]
-        taught_by = counted[valid].nonzero()[:, 0] + step  # row i of step k is taught at x[i+1+k], k rows further on
-        cross_entropy, hits = HeadCrossEntropy.apply(
-            states[counted], draft.lm_head.weight, p, best, taught_by
-        )  # fmt: skip
+        taught_by = counted.nonzero()[:, 0] + step  # row i of step k is taught at x[i+1+k], k rows further on
+        cross_entropy, hits = HeadCrossEntropy.apply(states[counted], draft.lm_head.weight, p, best, taught_by)
         kl = cross_entropy + negative_entropy[taught_by].sum()
         total = total + step_decay**step * kl
         count = max(len(taught_by), 1)
         kls.append(kl.detach() / count)
         accuracies.append(hits / count)
-    num_rows = rows.supervised.sum(dim=(1, 2))
+    num_rows = rows.supervised.sum(dim=1)
     if normaliser is None:
         normaliser = max(int(num_rows[0]), 1)
     return Losses(total / normaliser, torch.stack(kls), torch.stack(accuracies), num_rows)

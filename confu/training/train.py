@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from confu.config import TrainConfig
 from confu.data.corpus import Corpus, recipe_corpus
-from confu.memory import reuse_freed_memory
+from confu.memory import return_freed_memory, reuse_freed_memory
 from confu.target import Target
 from confu.training.evaluate import Evaluation, Evaluator, held_out_prompts
 from confu.training.features import FeatureStore
@@ -129,6 +129,7 @@ def _loop(
                 at.begin_window()
                 run.log(dataclasses.asdict(report))
                 on_report(report)
+                return_freed_memory()  # else what lies between two blocks in use adds up from batch to batch
             if at.step % config.checkpoint_every == 0 and at.step < config.steps:
                 run.checkpoint(trainer, at)
 
