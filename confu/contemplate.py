@@ -6,6 +6,8 @@ carries f into the draft's attention. Both embeddings are mixtures of experts ro
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -54,6 +56,12 @@ class Contemplation(nn.Module):
             self.future_fc = nn.Linear(3 * width, width, bias=False)
         else:
             self.future_heads = nn.Parameter(torch.zeros(config.future_steps, width, 3 * width))
+
+    def without_heads(self) -> Contemplation:
+        """The same weights but W_j, for decoding, which has those laid out anew: they go when the network does."""
+        rest = copy.copy(self)
+        rest._parameters = {name: weight for name, weight in self._parameters.items() if name != "future_heads"}
+        return rest
 
     def con_rows(self, state: Float[Tensor, "B R D3"], followed: Float[Tensor, "B C D"]) -> Float[Tensor, "B Rc D"]:
         """Embeddings of contemplate rows, routed by h of the latest accepted token (``state``: one for all rows of a

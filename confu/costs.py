@@ -20,6 +20,7 @@ from confu.config import TreeConfig
 
 CHILDREN = 0.5  # of what a frontier is expected to bring, the part that its children bring beyond their own cost
 WEIGHT = 0.9  # of the past, in what is remembered from round to round
+GRAIN = 4  # rows of a verification come in multiples of it: each number costs milliseconds, and memory, the first time
 PRIOR = 4.0  # tokens for which the draft's probabilities are believed before acceptance corrects them
 
 
@@ -69,7 +70,14 @@ class Budget:
         self.batch_size = batch_size
         self._level = between(self.costs.level, batch_size)
         self._commit = between(self.costs.commit, batch_size)
-        self._verify = torch.tensor([between(self.costs.verify, self.rows(n)) for n in range(1, self.tree.nodes + 1)])
+        self._verify = torch.tensor(
+            [
+                between(self.costs.verify, self.rows(n))
+                if n in (1, self.tree.nodes) or self.rows(n) % GRAIN == 0
+                else torch.inf
+                for n in range(1, self.tree.nodes + 1)
+            ]
+        )
 
     def rows(self, nodes: int) -> int:
         """Rows of a verification with ``nodes`` in each tree."""
@@ -86,7 +94,8 @@ class Budget:
 
     def nodes(self, scores: Float[Tensor, "B M"], depth: int) -> int:
         """Nodes to verify, the root included, of trees ``depth`` levels deep whose candidates have these scores, best
-        first: the number that promises most tokens per millisecond."""
+        first: the number that promises most tokens per millisecond, of those that come in multiples of `GRAIN` rows.
+        The root alone and the largest tree are such numbers, too."""
         promised = torch.nn.functional.pad(scores.exp().sum(0).cumsum(0), (1, 0)).cpu()  # [M + 1]
         spent = self._commit + (depth - 1) * self._level
         milliseconds = self._verify[: len(promised)] + spent

@@ -23,12 +23,13 @@ Turn = tuple[Tensor, Tensor]
 
 class DraftForward:
     """Weights of a draft network for decoding, rounded with ``quantization``: they decide only how fast the target's
-    text comes. ``contemplation`` stays the network's own."""
+    text comes. What ``contemplation`` holds stays the network's own."""
 
     @torch.no_grad()
     def __init__(self, draft: DraftModel, quantization: str | None = None) -> None:
         layer, attention, mlp = draft.midlayer, draft.midlayer.self_attn, draft.midlayer.mlp
-        self.config, self.contemplation, self.target_ids = draft.config, draft.contemplation, draft.target_ids()
+        self.config, self.target_ids = draft.config, draft.target_ids()
+        self.contemplation = draft.contemplation.without_heads() if draft.contemplation is not None else None
         self._rotary = draft.rotary
         linears = {
             "fc": [draft.fc],
@@ -39,8 +40,8 @@ class DraftForward:
             "head": [draft.lm_head],
         }
         self._products = {name: fused(layers, quantization) for name, layers in linears.items()}
-        if self.contemplation is not None and self.config.future_is("head"):
-            heads = self.contemplation.future_heads.flatten(0, 1)
+        if draft.contemplation is not None and self.config.future_is("head"):
+            heads = draft.contemplation.future_heads.flatten(0, 1)
             self._products["looks"] = product(heads, quantization=quantization)
         self._embedding_norm, self._hidden_norm = layer.input_layernorm.weight, layer.hidden_norm.weight
         self._mlp_norm, self._norm = layer.post_attention_layernorm.weight, draft.norm.weight

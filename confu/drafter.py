@@ -116,7 +116,7 @@ class TreeDrafter:
         check_fit(draft.config, target)
         self.name, self.config = draft.config.method, draft.config
         self.forward, self.target = DraftForward(draft, target.quantization), target
-        self.contemplation = draft.contemplation
+        self.contemplation = self.forward.contemplation
         self._recorded: GraphGrowth | None = None
         if isinstance(target.forward_rows, GraphForward) and draft.config.rope_parameters["rope_type"] != "dynamic":
             self._recorded = GraphGrowth(self._candidates, target.forward_rows.record)

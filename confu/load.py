@@ -53,9 +53,9 @@ def load_decoder(
     check_compile(compile, place)
     network = read_network(draft, precision, place)
     model, tokenizer = load_target_model(name, dtype=precision, device=place, progress=progress)
-    decoder = join(
-        draft, network, model, pack(model, quantization, compile=compile), tokenizer, tree, progress=progress
-    )
+    forward = pack(model, quantization, compile=compile)
+    return_freed_memory()
+    decoder = join(draft, network, model, forward, tokenizer, tree, progress=progress)
     del network, model  # the drafter and the forward have what decoding needs, laid out anew
     return_freed_memory()
     if compile:  # what short texts need is recorded now, and not in the first answer
