@@ -12,6 +12,9 @@ benchmarks/results/speed/NAME (what `speed.py` left there), ``<!-- throughput --
 bench-train.jsonl, and ``<!-- evaluations:NAME -->`` ... ``<!-- /evaluations -->`` from benchmarks/results/NAME.jsonl
 (losses of drafts on one held-out set). A run is benchmarks/results/training/A.jsonl, or a folder A there with
 config.json, metrics.jsonl and, if there is something to say, a line in note.txt.
+
+The model cards of the shipped drafts (confu/drafts/*/README.md) are made here, too: from the files beside them, the
+licences in confu/drafts/README.md, and the rows of tau-shipped.
 """
 
 from __future__ import annotations
@@ -44,10 +47,12 @@ from confu.bench.tables import (
 )
 from confu.pages.page import NONE
 from confu.stats import Stats
+from confu.training.card import card
 from confu.training.report import read_metrics, read_run, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+DRAFTS = ROOT / "confu" / "drafts"
 TAU = re.compile(r"(<!-- tau:([\w.-]+) -->\n).*?(<!-- /tau -->)", re.DOTALL)
 BENCH = re.compile(r"(<!-- bench:([\w.,-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 OVERALL = re.compile(r"(<!-- bench-overall:([\w.-]+) -->\n).*?(<!-- /bench-overall -->)", re.DOTALL)
@@ -59,26 +64,43 @@ TRAINING = re.compile(r"(<!-- training-table -->\n).*?(<!-- /training-table -->)
 
 
 def main() -> int:
-    stale = []
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        old = path.read_text(encoding="utf-8")
-        new = TAU.sub(lambda found: found[1] + table(RESULTS / found[2]) + found[3], old)
-        new = BENCH.sub(lambda found: found[1] + bench(found[2].split(",")) + found[3], new)
-        new = OVERALL.sub(lambda found: found[1] + bench([found[2]], in_full=False) + found[3], new)
-        new = RUNS.sub(lambda found: found[1] + runs(found[2].split(",")) + found[3], new)
-        new = EVALUATIONS.sub(lambda found: found[1] + evaluations(found[2]) + found[3], new)
-        new = SPEED.sub(lambda found: found[1] + speed(RESULTS / "speed" / found[2]) + found[3], new)
-        new = THROUGHPUT.sub(lambda found: found[1] + throughput() + found[2], new)
-        new = TRAINING.sub(lambda found: found[1] + training() + found[2], new)
-        if new != old:
-            stale.append(path)
-            if "--check" not in sys.argv:
-                path.write_text(new, encoding="utf-8")
+    pages = {path: filled(path) for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+    pages |= {
+        folder / "README.md": card_of(folder)
+        for folder in sorted(path.parent for path in DRAFTS.glob("*/*.safetensors"))
+    }
+    stale = [path for path, new in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != new]
     for path in stale:
-        sys.stderr.write(
-            f"{path.relative_to(ROOT)}: tables {'differ from' if '--check' in sys.argv else 'made from'} rows\n"
-        )
+        if "--check" not in sys.argv:
+            path.write_text(pages[path], encoding="utf-8")
+        verb = "differ from" if "--check" in sys.argv else "made from"
+        sys.stderr.write(f"{path.relative_to(ROOT)}: tables {verb} rows\n")
     return int(bool(stale) and "--check" in sys.argv)
+
+
+def filled(path: Path) -> str:
+    """A page with what belongs between its markers."""
+    text = path.read_text(encoding="utf-8")
+    text = TAU.sub(lambda found: found[1] + table(RESULTS / found[2]) + found[3], text)
+    text = BENCH.sub(lambda found: found[1] + bench(found[2].split(",")) + found[3], text)
+    text = OVERALL.sub(lambda found: found[1] + bench([found[2]], in_full=False) + found[3], text)
+    text = RUNS.sub(lambda found: found[1] + runs(found[2].split(",")) + found[3], text)
+    text = EVALUATIONS.sub(lambda found: found[1] + evaluations(found[2]) + found[3], text)
+    text = SPEED.sub(lambda found: found[1] + speed(RESULTS / "speed" / found[2]) + found[3], text)
+    text = THROUGHPUT.sub(lambda found: found[1] + throughput() + found[2], text)
+    return TRAINING.sub(lambda found: found[1] + training() + found[2], text)
+
+
+def card_of(folder: Path) -> str:
+    """The model card of a shipped draft."""
+    licences = re.findall(
+        r"^\| ((?:[A-Z]+[-\w.]*)) \| (.+) \|$", (DRAFTS / "README.md").read_text(encoding="utf-8"), re.M
+    )
+    results = (
+        "Tokens per verification round (tau, bonus token included) by the real decoder; `control` is "
+        f"smollm2-135m-eagle3, `confu` is smollm2-135m-confu.\n\n{table(RESULTS / 'tau-shipped')}"
+    )
+    return card(folder, license="apache-2.0", licenses={sources: name for name, sources in licences}, results=results)
 
 
 FUTURES = {"own": "", "zero": "every f replaced by zeros, ", "other": "every f that of another sequence, "}

@@ -83,11 +83,13 @@ def draft_info(name: str) -> dict[str, Any]:
         "num_contemplation_parameters": counts["contemplation"],
         "file_bytes": weights.stat().st_size,
         "config": dataclasses.asdict(config),
-        "provenance": _provenance(folder / "provenance.json"),
+        "provenance": read_provenance(folder),
     }
 
 
-def _provenance(path: Path) -> dict[str, Any] | None:
+def read_provenance(folder: Path) -> dict[str, Any] | None:
+    """How a draft came about, where its folder says so."""
+    path = folder / "provenance.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

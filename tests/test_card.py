@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from tiny_data import tiny_draft
 
-from confu.training.card import write_card
+from confu.training.card import card, write_card
 
 PROVENANCE = {
     "argv": ["confu", "train", "/home/me/secret.toml"],
@@ -64,6 +64,20 @@ def rendered(card: str) -> tuple[dict[str, str], str]:
     page = MarkdownIt("commonmark").enable("table").render(ModelCard(card).text)
     rows = re.findall(r"<tr>\s*<td>(.*?)</td>\s*<td>(.*?)</td>", page, re.DOTALL)
     return {html.unescape(name): html.unescape(value) for name, value in rows}, page
+
+
+def test_tokens_of_the_drafts_before_are_counted(tmp_path):
+    first = {"supervised_tokens_seen": 1000}
+    second = first | {"started_from": first}
+    card = write_card(make_run(tmp_path / "run", started_from=second)).read_text()
+    assert "320,464 supervised tokens were seen, 2,000 before that by the draft it started from." in card
+
+
+def test_results_measured_elsewhere_take_the_place_of_the_runs(tmp_path):
+    final = make_run(tmp_path / "run")
+    text = card(final, run=tmp_path / "run", results="tau 3 elsewhere")
+    assert "## Results\n\ntau 3 elsewhere" in text
+    assert "2.250" not in text
 
 
 def test_card_says_what_the_files_say(tmp_path):

@@ -25,7 +25,7 @@ from confu.training import runs
 from confu.training.objective import losses
 from confu.training.optimise import Trainer, parameter_groups, set_learning_rates
 from confu.training.parallel import World
-from confu.training.runs import Interrupts
+from confu.training.runs import Interrupts, provenance
 from confu.training.start import add_contemplation, new_eagle3
 from confu.training.track import Tracker
 from confu.training.train import train
@@ -516,6 +516,9 @@ def test_provenance_says_what_made_the_draft(recipe, trained, data):
     assert said["torch"] == torch.__version__
     assert {"argv", "commit", "dirty", "python", "transformers"} <= said.keys()
     assert said["data_sha256"] == hashlib.sha256(Path(data).read_bytes()).hexdigest()
+    assert "started_from" not in said
+    further = provenance(dataclasses.replace(recipe, init=str(final)), read_corpus((data,), TOKENIZER, max_length=64))
+    assert further["started_from"] == said
 
 
 # ---------------------------------------------------------------- what it is worth

@@ -62,12 +62,26 @@ def write_card(
     license: str | None = None,
     licenses: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write the README.md of the draft in ``folder``; returns its path.
+    """Write `card` as the README.md of the draft in ``folder``; returns its path."""
+    path = folder / "README.md"
+    path.write_text(card(folder, run=run, license=license, licenses=licenses), encoding="utf-8")
+    return path
+
+
+def card(
+    folder: Path,
+    *,
+    run: Path | None = None,
+    license: str | None = None,
+    licenses: Mapping[str, str] | None = None,
+    results: str = "",
+) -> str:
+    """The card of the draft in ``folder``.
 
     ``run`` is the run folder, whose metrics.jsonl holds the evaluations and whose name the card takes. ``license`` is
     that of the weights, by the Hub's identifier; ``licenses`` are those of the training data by file or data set (one
-    named as on the Hub, owner/name, is linked from the card's front matter). Raises ValueError when ``folder`` holds no
-    draft.
+    named as on the Hub, owner/name, is linked from the card's front matter). ``results`` is Markdown in place of
+    the run's evaluation. Raises ValueError when ``folder`` holds no draft.
     """
     facts = draft_info(str(folder))
     origin = facts["provenance"] or {}
@@ -75,7 +89,7 @@ def write_card(
     sections = {
         "Use": USE + (USE_IN_TRANSFORMERS if (folder / "custom_generate").is_dir() else ""),
         "Architecture": _table(_architecture(facts)),
-        "Results": _results(run, origin),
+        "Results": results or _results(run, origin),
         "Training": _training(origin, recipe),
         "Training data": _data(origin, recipe, licenses or {}),
         "Limits": _limits(facts["config"], recipe),
@@ -85,9 +99,7 @@ def write_card(
     name = (run or folder).resolve().name
     parts = [_front_matter(facts, license, licenses or {}), f"# {_text(name)}\n", _introduction(facts)]
     parts += [f"## {title}\n\n{body}" for title, body in sections.items() if body]
-    path = folder / "README.md"
-    path.write_text("\n".join(parts), encoding="utf-8")
-    return path
+    return "\n".join(parts)
 
 
 def _front_matter(facts: Mapping[str, Any], license: str | None, licenses: Mapping[str, str]) -> str:
@@ -176,9 +188,18 @@ def _training(origin: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
         for key, value in recipe.items()
         if value is not None and key not in ("out", "data", *without_effect) and not key.startswith(EVALUATION)
     ]
-    seen = origin.get("supervised_tokens_seen")
-    head = f"{seen:,} supervised tokens were seen. The recipe:" if seen is not None else "The recipe:"
+    seen, before = origin.get("supervised_tokens_seen"), _tokens_before(origin)
+    head = "The recipe:"
+    if seen is not None:
+        started = f", {before:,} before that by the draft it started from" if before else ""
+        head = f"{seen:,} supervised tokens were seen{started}. The recipe:"
     return "\n".join([head, "", "```toml", *lines, "```", ""])
+
+
+def _tokens_before(origin: Mapping[str, Any]) -> int:
+    """Supervised tokens that the draft a run started from had seen, and the one that it had started from, ..."""
+    started = origin.get("started_from")
+    return started.get("supervised_tokens_seen", 0) + _tokens_before(started) if isinstance(started, Mapping) else 0
 
 
 def _data(origin: Mapping[str, Any], recipe: Mapping[str, Any], licenses: Mapping[str, str]) -> str:

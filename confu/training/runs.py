@@ -21,7 +21,8 @@ import torch
 from confu.config import TrainConfig, to_json
 from confu.data.corpus import Corpus
 from confu.draft import DraftModel
-from confu.info import checkout
+from confu.info import checkout, read_provenance
+from confu.models import draft_path
 from confu.training.card import write_card
 from confu.training.objective import Losses
 from confu.training.optimise import Trainer
@@ -200,10 +201,11 @@ class Interrupts:
 
 
 def provenance(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
-    """What makes a draft: recipe, commit, versions, data hash, seed, amount of data."""
+    """What makes a draft: recipe, commit, versions, data hash, seed, amount of data; the same of its first draft."""
     import transformers
 
     commit, dirty = checkout()
+    before = read_provenance(draft_path(config.init)) if config.init else None
     return {
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "commit": commit,
@@ -215,4 +217,5 @@ def provenance(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
         "num_documents": len(corpus.documents),
         "skipped": dict(corpus.skipped),
         "recipe": dataclasses.asdict(config),
+        **({"started_from": before} if before is not None else {}),
     }
