@@ -24,6 +24,7 @@ def table(tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text("no tables\n")
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(module, "DRAFTS", tmp_path / "drafts")
     monkeypatch.setattr(sys, "argv", ["table.py"])
     return module
 
