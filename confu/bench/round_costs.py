@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from statistics import median
+from statistics import mean
 from typing import Any
 
 import torch
@@ -23,15 +23,16 @@ from confu.stats import Stats
 from confu.target import Target
 from confu.tree import Tree, chain
 
-ROWS = (1, 4, 16, 64)
+ROWS = (1, 4, 16, 64, 128)
 SHORT, LONG = 32, 512  # tokens in the cache
 TOKENS = 16
-SAMPLES = 8
+SAMPLES = 24
 
 
 class RoundCosts:
-    """Medians of samples that are taken while a benchmark runs: a machine drifts by more in its minutes than a model of
-    costs may be off, so forwards, rounds and answers have to be measured in the same ones."""
+    """Means of samples that are taken while a benchmark runs: a machine drifts by more in its minutes than a model of
+    costs may be off, so forwards, rounds and answers have to be measured in the same ones. Means, because tokens per
+    second are tokens over all seconds, slow minutes included."""
 
     @torch.inference_mode()
     def __init__(self, methods: Sequence[Method]) -> None:
@@ -62,10 +63,10 @@ class RoundCosts:
         """``target``: [rows, prefix, seconds] of verification forwards. ``rounds``: what a round takes beyond that with
         the plain target and with each trained draft (how much lookup drafts depends on the text), as ``draft``,
         ``other`` and ``walk``: the draw, the walk, and what contemplate rows save, which need no logits."""
-        points = [(rows, prefix, median(seconds)) for (rows, prefix), seconds in self._forwards.items()]
+        points = [(rows, prefix, mean(seconds)) for (rows, prefix), seconds in self._forwards.items()]
         rounds = {}
         for name, parts in self._rounds.items():
-            verify, draft, other = (median(seconds) for seconds in zip(*parts, strict=True))
+            verify, draft, other = (mean(seconds) for seconds in zip(*parts, strict=True))
             walk = verify - forward_cost(points, rows_of(self._facts[name]), SHORT + TOKENS / 2)
             rounds[name] = {"draft": draft, "other": other, "walk": walk}
         return {"target": points, "rounds": rounds}
