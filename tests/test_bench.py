@@ -263,7 +263,9 @@ def test_costs_are_sampled_between_the_questions(bench_run, monkeypatch, tmp_pat
         end = events.index(following) if following else len(events)
         assert events[events.index(question) : end][-1] == "sample"
     costs = json.loads((tmp_path / "out" / "run.json").read_text())["costs"]
-    assert {(rows, prefix) for rows, prefix, _ in costs["target"]} == {(r, p) for r in ROWS for p in (SHORT, 512 - max(ROWS))}
+    assert {(rows, prefix) for rows, prefix, _ in costs["target"]} == {
+        (r, p) for r in ROWS for p in (SHORT, 512 - max(ROWS))
+    }
     assert all(seconds > 0 for _, _, seconds in costs["target"])
     assert set(costs["rounds"]) == {"plain", "confu"}
 
