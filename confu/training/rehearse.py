@@ -43,7 +43,7 @@ class Throughput:
     gflops_per_token: float
     """Needed matrix products (`confu.cost`), in billions of operations."""
     share_of_matmul: float
-    """Their rate over this process's rate in plain matrix products of the same type."""
+    """Their rate over this process's rate in plain matrix products of the same type, before and after the step."""
     peak_bytes: int
     """Most memory of this process so far; on a GPU, of the device since the last length."""
 
@@ -139,7 +139,6 @@ def bench(config: TrainConfig, target: Target, lengths: list[int]) -> list[Throu
         if not 8 <= length <= target.max_positions:
             raise ValueError(f"length {length} is not from 8 to the target's context of {target.max_positions}.")
     reuse_freed_memory()
-    rate = matmul_rate(target.dtype, target.device)
     found = []
     for length in sorted(lengths):
         torch.manual_seed(config.seed)
@@ -156,8 +155,12 @@ def bench(config: TrainConfig, target: Target, lengths: list[int]) -> list[Throu
         if target.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(target.device)
         trainer.step(0, members)  # allocations and kernels are chosen here
-        timed = [_timed(trainer, number, members) for number in range(1, TIMED_STEPS + 1)]
-        seconds, supervised = statistics.median_low(timed)
+        timed, rates = [], [matmul_rate(target.dtype, target.device)]
+        for number in range(1, TIMED_STEPS + 1):
+            seconds, supervised = _timed(trainer, number, members)
+            rates.append(matmul_rate(target.dtype, target.device))
+            timed.append((seconds, supervised, statistics.mean(rates[-2:])))
+        seconds, supervised, rate = statistics.median_low(timed)
         operations = count * step_flops(target, draft.config, spans, config.ttt_steps).total
         tokens = count * length
         found.append(
