@@ -93,9 +93,7 @@ def filled(path: Path) -> str:
 
 def card_of(folder: Path) -> str:
     """The model card of a shipped draft."""
-    licences = re.findall(
-        r"^\| ((?:[A-Z]+[-\w.]*)) \| (.+) \|$", (DRAFTS / "README.md").read_text(encoding="utf-8"), re.M
-    )
+    licences = re.findall(r"^\| ([A-Z]+[-\w.]*) \| (.+) \|$", (DRAFTS / "README.md").read_text(encoding="utf-8"), re.M)
     results = (
         "Tokens per verification round (tau, bonus token included) by the real decoder; `control` is "
         f"smollm2-135m-eagle3, `confu` is smollm2-135m-confu.\n\n{table(RESULTS / 'tau-shipped')}"

@@ -573,6 +573,7 @@ def test_what_tune_found_is_used(confu_run, home, monkeypatch):
     finally:
         (home / "confu" / "tuned.json").unlink(missing_ok=True)
     for draft in ("lookup", "draft-model:anything"):  # without a target being fetched
-        assert "Only a trained draft has trees to tune" in confu_run("tune", draft)[2]
+        status, _, err = confu_run("tune", draft)
+        assert (status, "Only a trained draft has trees to tune" in err) == (2, True)
     status, _, err = confu_run("tune", "confu", "--max-new-tokens", "4")
     assert (status, "give 8 or more" in err) == (2, True)

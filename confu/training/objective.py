@@ -239,13 +239,14 @@ def unroll(
     hidden, read = rows.of(fused), []  # [1, R, D]: to the draft they are the rows of one sequence
     third = rows.of(third) if third is not None else None
     looked = draft.look(rows.of(told) if told is not None else None)
+    places = rows.places(tokens.shape[1])
     for step in range(len(rows.supervised)):
         following = tokens[rows.sequence, (rows.index + 1 + step).clamp(max=tokens.shape[1] - 1)]
         row = draft.row(target.embed(following)[None], hidden, third)
         positions = (rows.index + step)[None]
         if step > 0:
             own.append((*draft.keys_values(row, positions), None))
-        attended = attend_merged(draft.queries(row, positions), keys0, values0, rows.places(tokens.shape[1]), own)
+        attended = attend_merged(draft.queries(row, positions), keys0, values0, places, own)
         hidden = draft.finish(hidden, attended)
         read.append(draft.read(hidden, looked, lags + step)[0])
     return read

@@ -201,7 +201,7 @@ class Interrupts:
 
 
 def provenance(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
-    """What makes a draft: recipe, commit, versions, data hash, seed, amount of data; the same of its first draft."""
+    """What makes a draft: recipe, commit, versions, data hash, seed, amount of data. So, too, of the draft before."""
     import transformers
 
     commit, dirty = checkout()
