@@ -45,7 +45,7 @@ class Contemplation(nn.Module):
         soft = (config.num_target_layers, heads, config.num_soft_prompts, head_dim or config.head_dim)
         self.soft_keys = nn.Parameter(torch.zeros(soft))
         self.soft_values = nn.Parameter(torch.zeros(soft))
-        self.by_token = config.router == "token"
+        self.by_token, self.replication = config.router == "token", config.replication
         self.con = Mixture(width if self.by_token else 3 * width, width, experts, top)
         form = config.future_form
         if form == "row":

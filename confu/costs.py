@@ -81,7 +81,8 @@ class Budget:
 
     def rows(self, nodes: int) -> int:
         """Rows of a verification with ``nodes`` in each tree."""
-        return self.batch_size * (nodes + (self.tree.num_con(nodes) if self.contemplates else 0))
+        num_con = self.tree.num_con(nodes) if self.contemplates and nodes > 1 else 0  # roots alone contemplate rarely
+        return self.batch_size * (nodes + num_con)
 
     @property
     def trust(self) -> float:

@@ -44,6 +44,8 @@ class Accepted:
     contemplates. The tree that grows from the last real row reads that row's."""
     anchors: Int[Tensor, "B M"] | None = None
     """Index, among the M rows, of the token that f follows."""
+    keeps_future: bool = False
+    """Nothing contemplated, but the f that the last tree grew from serves these rows, and the next tree, too."""
 
 
 @runtime_checkable
@@ -149,19 +151,12 @@ class TreeDrafter:
         following = accepted.tokens.roll(-1, dims=1).scatter(1, last, accepted.next_tokens[:, None])
         positions = cache.lengths_tensor()[:, None] + torch.arange(num_rows, device=device)
         fused = draft.fuse(accepted.features)  # [B, M, D]
-        if accepted.anchors is not None:
-            state.lag = last - accepted.anchors.gather(1, last)
-        state.has_slot = accepted.future is not None and self.config.future_is("row", "kv")
-        if state.has_slot and accepted.future is not None and accepted.anchors is not None:
-            anchor = accepted.anchors.gather(1, last)
-            turn = draft.turn(fused, positions.gather(1, anchor) + 1)
-            slot = draft.future_slot(take(accepted.future, last), take(fused, anchor), turn)
-            cache.write_soft(slot[0][None], slot[1][None])
-        third = draft.third_input(accepted.future)
+        if accepted.keeps_future:
+            state.lag, third = state.lag + last + 1, state.third
+        else:
+            third = self._read_future(state, accepted, fused, positions, last)
         turn = draft.turn(fused, positions)
         queries, keys, values = draft.project(self.target.embed(following), fused, third, turn)
-        state.third = take(third, last) if third is not None else None
-        state.looked = draft.look(take(accepted.future, last) if accepted.future is not None else None)
 
         cache.open_rows(num_rows, with_soft=state.has_slot)
         keys, values = cache.update(keys, values, 0)
@@ -171,6 +166,24 @@ class TreeDrafter:
         state.out = draft.finish(take(fused, last), attended)[:, 0]
         state.root = accepted.next_tokens
         cache.advance(counts)
+
+    def _read_future(
+        self, state: TreeState, accepted: Accepted, fused: Tensor, positions: Tensor, last: Int[Tensor, "B 1"]
+    ) -> Float[Tensor, "B M D"] | None:
+        """The rows' third input; the state holds what the next tree takes from the last row's f, if there is one."""
+        draft = self.forward
+        if accepted.anchors is not None:
+            state.lag = last - accepted.anchors.gather(1, last)
+        state.has_slot = accepted.future is not None and self.config.future_is("row", "kv")
+        if state.has_slot and accepted.future is not None and accepted.anchors is not None:
+            anchor = accepted.anchors.gather(1, last)
+            turn = draft.turn(fused, positions.gather(1, anchor) + 1)
+            slot = draft.future_slot(take(accepted.future, last), take(fused, anchor), turn)
+            state.cache.write_soft(slot[0][None], slot[1][None])
+        state.looked = draft.look(take(accepted.future, last) if accepted.future is not None else None)
+        third = draft.third_input(accepted.future)
+        state.third = take(third, last) if third is not None else None
+        return third
 
     def grow(self, state: TreeState, config: TreeConfig, budget: Budget | None = None) -> Tree:
         """EAGLE-2's tree: ``depth`` levels, the best ``topk`` nodes of each expanded, the best N nodes kept."""

@@ -22,6 +22,7 @@ from confu.cache import KVCache
 from confu.config import SamplingConfig, TreeConfig
 from confu.costs import Budget, Costs
 from confu.drafter import Accepted, Drafter
+from confu.rows import rows
 from confu.stats import Stats
 from confu.target import Target, Verified
 from confu.text import TextStream
@@ -29,6 +30,7 @@ from confu.tree import Tree, root_only, take
 from confu.verify import Sampler, Walk, walk
 
 PREFILL_CHUNK = 1024
+ROOM = 256  # most new tokens that fresh caches have room for; they grow when more come
 
 
 @dataclass(frozen=True)
@@ -150,16 +152,18 @@ class Decoder:
         running = _Running(self, prompts, sampling, stats, sampler)
 
         # 1. prefill: all prompt tokens but the last, which is the root of the first, undrafted tree
-        router_state = self._prefill(session, prompts, stats, on_prefill)
+        router_state = self._prefill(session, prompts, sampling.max_new_tokens, stats, on_prefill)
         cache, state = session.cache, session.state
         assert cache is not None
         tree = root_only(self._tensor([prompt[-1] for prompt in prompts]))
         budget = self._budget(len(prompts))
+        age: int | None = None  # rounds since the f that the drafter reads was made
 
         while True:
             # 2. verify the tree in one pass, contemplate rows riding along, walk down the drawn tokens, keep their path
             clock = time.perf_counter()
-            verified = self._verify(cache, tree, router_state)
+            num_con = self._num_con(tree, age)
+            verified = self._verify(cache, tree, router_state, num_con)
             drawn = running.sampler.draw(verified.logits, tree, running.seen)
             step = walk(tree, drawn)
             cache.keep(step.path, step.counts)
@@ -172,7 +176,9 @@ class Decoder:
             last = self._tensor(step.counts)[:, None] - 1
             router_state = take(features, last)[:, 0]
             if self.drafter is not None:
-                self.drafter.commit(state, _accepted(round_tokens, step, features, verified))
+                keeps = num_con == 0 and age is not None
+                self.drafter.commit(state, _accepted(round_tokens, step, features, verified, keeps_future=keeps))
+                age = 0 if num_con else None if age is None else age + 1
             running.note_cached(session, round_tokens, step.counts)
             draft_seconds = time.perf_counter() - clock
 
@@ -182,6 +188,7 @@ class Decoder:
                 stats.target_seconds += verify_seconds
                 stats.draft_seconds += draft_seconds
             tokens = running.emit(tree, step, round_tokens, verified.logits, is_round=is_round)
+            del verified  # its logits are the largest part of a round
             if budget is not None:
                 budget.note(sum(step.counts) - len(step.counts))
             stats.wall_seconds = time.perf_counter() - began
@@ -211,22 +218,30 @@ class Decoder:
         contemplates = self.drafter.contemplation is not None
         return Budget(self.costs, self.tree, batch_size, contemplates=contemplates)
 
-    def _verify(self, cache: KVCache, tree: Tree, router_state: Tensor) -> Verified:
+    def _num_con(self, tree: Tree, age: int | None) -> int:
+        """Contemplate rows of each sequence. Where no tree was worth its time, an f serves as many rows as it did in
+        training (l)."""
+        contemplation, nodes = self.drafter.contemplation if self.drafter else None, tree.tokens.shape[1]
+        if contemplation is None or (nodes == 1 and age is not None and age + 1 < contemplation.replication):
+            return 0
+        return self.tree.num_con(nodes)
+
+    def _verify(self, cache: KVCache, tree: Tree, router_state: Tensor, num_con: int) -> Verified:
         contemplation = self.drafter.contemplation if self.drafter else None
-        num_con = self.tree.num_con(tree.tokens.shape[1])
         return self.target.verify(cache, tree, contemplation, num_con=num_con, router_state=router_state)
 
     def _prefill(
         self,
         session: Session,
         prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
         stats: Stats,
         on_prefill: Callable[[int, int], None] | None,
     ) -> Float[Tensor, "B D3"]:
         """Bring every prompt but its last token into both caches; returns h of the last one, or zeros if none ran."""
         if not session.fits(len(prompts), self.drafter):
             contemplation = self.drafter.contemplation if self.drafter else None
-            capacity = max(map(len, prompts)) + 2 * self.tree.nodes + 64
+            capacity = max(map(len, prompts)) + min(max_new_tokens, ROOM) + 2 * self.tree.nodes
             session.cache = self.target.new_cache(len(prompts), capacity, contemplation)
             session.state = self.drafter.new_state(len(prompts), capacity) if self.drafter else None
             session.tokens = [[] for _ in prompts]
@@ -329,7 +344,7 @@ class _Running:
         width = round_tokens.shape[1]
         at = (self.decoder._tensor(step.counts) - 1)[:, None]
         drawn = round_tokens.roll(-1, dims=1).scatter(1, at, step.bonus[:, None])  # token drawn at each path node
-        logprobs = take(logits, step.path).float().log_softmax(dim=-1).gather(2, drawn[:, :, None])[:, :, 0].tolist()
+        logprobs = rows().log_probs(logits, step.path, drawn).tolist()
         rejected = _best_untaken(tree, step) if is_round else [()] * len(step.counts)
         tokens: list[Token] = []
         for row, (ids, count) in enumerate(zip(drawn.tolist(), step.counts, strict=True)):
@@ -380,11 +395,13 @@ class _Running:
         return alive
 
 
-def _accepted(round_tokens: Tensor, step: Walk, features: Tensor, verified: Verified) -> Accepted:
+def _accepted(
+    round_tokens: Tensor, step: Walk, features: Tensor, verified: Verified, *, keeps_future: bool = False
+) -> Accepted:
     """What the drafter commits. A node without a contemplate row reads f of its nearest ancestor that carried one
     (METHOD 8; the root always does)."""
     if verified.future is None or verified.con_nodes is None:
-        return Accepted(round_tokens, step.counts, step.bonus, features)
+        return Accepted(round_tokens, step.counts, step.bonus, features, keeps_future=keeps_future)
     carries = verified.con_nodes[:, :, None] == step.path[:, None, :]  # [B, C, M]
     order = torch.arange(step.path.shape[1], device=round_tokens.device)
     anchors = (carries.any(1) * order).cummax(1).values

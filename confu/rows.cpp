@@ -147,6 +147,24 @@ template <typename T> float most(const T* x, int64_t count) {
     return largest;
 }
 
+// log of the sum of exp(x), whose largest is ``top``
+template <typename T> float log_sum_exp(const T* x, float top, int64_t width) {
+    float sum = 0;
+    for (int64_t i = 0; i < width; i++) sum += std::exp(wide(x[i]) - top);
+    return top + std::log(sum);
+}
+
+// log_softmax(row of node)[token] for some nodes of every sequence
+template <typename T>
+void log_probs(const T* x, const int64_t* nodes, const int64_t* tokens, float* out, int64_t batch, int64_t rows,
+               int64_t picks, int64_t width) {
+#pragma omp parallel for if (batch * picks * width > LIGHT)
+    for (int64_t i = 0; i < batch * picks; i++) {
+        const T* row = x + (i / picks * rows + nodes[i]) * width;
+        out[i] = wide(row[tokens[i]]) - log_sum_exp(row, most(row, width), width);
+    }
+}
+
 constexpr int64_t BLOCK = 64;  // numbers that are passed over together where none is large enough
 
 // a row's k largest of log_softmax(x), largest first, and where they are; of equal ones the first
@@ -167,10 +185,7 @@ template <typename T> void best_of(const T* x, float* values, int64_t* places, i
             places[at] = i;
         }
     }
-    const float top = values[0];
-    float sum = 0;
-    for (int64_t i = 0; i < width; i++) sum += std::exp(wide(x[i]) - top);
-    const float total = top + std::log(sum);
+    const float total = log_sum_exp(x, values[0], width);
     for (int64_t j = 0; j < k; j++) values[j] -= total;
 }
 
@@ -217,7 +232,11 @@ template <typename T> void argmax(const T* x, int64_t* places, int64_t rows, int
     extern "C" void best_##T(const T* x, float* v, int64_t* p, int64_t rows, int64_t n, int64_t k) {                   \
         best(x, v, p, rows, n, k);                                                                                    \
     }                                                                                                                 \
-    extern "C" void argmax_##T(const T* x, int64_t* p, int64_t rows, int64_t n) { argmax(x, p, rows, n); }
+    extern "C" void argmax_##T(const T* x, int64_t* p, int64_t rows, int64_t n) { argmax(x, p, rows, n); }             \
+    extern "C" void log_probs_##T(const T* x, const int64_t* q, const int64_t* t, float* o, int64_t batch, int64_t rows,\
+                                  int64_t m, int64_t n) {                                                              \
+        log_probs(x, q, t, o, batch, rows, m, n);                                                                      \
+    }
 
 EXPORT(float)
 EXPORT(bf16)

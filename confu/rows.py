@@ -1,11 +1,11 @@
-"""What stands between the matrix products of a decoder layer: norms, rotations, the gate, rounding to int8; and which
-tokens a draft likes best.
+"""What stands between the matrix products of a decoder layer: norms, rotations, the gate, rounding to int8; and what
+rows of logits say: which tokens a draft likes best, how probable the target finds one.
 
 A verification reads a few dozen rows, so these cost little arithmetic but, as torch operations, some fifteen calls a
 layer. `NativeRows` does each in one pass, by `rows.cpp`; `Rows`, in torch, is the reference it must equal and does the
 rest: other devices and types, and long prompts.
 
-Shapes: B batch, R rows, W width of a row, H query heads, G key-value heads.
+Shapes: B batch, R rows, W width of a row, H query heads, G key-value heads, V vocabulary, M rows picked of R.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.nn.functional import rms_norm, silu
 
 from confu.cache import KVCache, PrefixCache
 from confu.native import library
+from confu.tree import take
 
 SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16"}
 MOST_ROWS = 128  # from here on torch's threads win
@@ -92,6 +93,12 @@ class Rows:
         """Where the largest of each row is; of equal ones the first."""
         return logits.max(dim=-1).indices  # a third of argmax's time on a CPU
 
+    def log_probs(
+        self, logits: Float[Tensor, "B R V"], picked: Int[Tensor, "B M"], tokens: Int[Tensor, "B M"]
+    ) -> Float[Tensor, "B M"]:
+        """Log-probability (float32) of one token in each of the picked rows."""
+        return take(logits, picked).float().log_softmax(dim=-1).gather(2, tokens[:, :, None])[:, :, 0]
+
 
 class NativeRows(Rows):
     """The same by the compiled functions, for few rows on a CPU."""
@@ -106,6 +113,7 @@ class NativeRows(Rows):
             "scale": [pointer] * 4 + [count] * 2,
             "best": [pointer] * 3 + [count] * 3,
             "argmax": [pointer] * 2 + [count] * 2,
+            "log_probs": [pointer] * 4 + [count] * 4,
         }
         self._functions = {}
         for dtype, suffix in SUFFIXES.items():
@@ -225,6 +233,24 @@ class NativeRows(Rows):
         width = logits.shape[-1]
         self._functions["argmax", logits.dtype](logits.data_ptr(), places.data_ptr(), logits.numel() // width, width)
         return places
+
+    def log_probs(
+        self, logits: Float[Tensor, "B R V"], picked: Int[Tensor, "B M"], tokens: Int[Tensor, "B M"]
+    ) -> Float[Tensor, "B M"]:
+        if not (logits.dtype in SUFFIXES and logits.is_contiguous() and logits.is_cpu):
+            return super().log_probs(logits, picked, tokens)
+        picked, tokens = picked.contiguous(), tokens.contiguous()
+        found = torch.empty(picked.shape)
+        self._functions["log_probs", logits.dtype](
+            logits.data_ptr(),
+            picked.data_ptr(),
+            tokens.data_ptr(),
+            found.data_ptr(),
+            *logits.shape[:2],
+            picked.shape[1],
+            logits.shape[2],
+        )
+        return found
 
 
 @functools.cache

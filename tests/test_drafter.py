@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from confu.config import SamplingConfig, TreeConfig
+from confu.costs import Costs
 from confu.drafter import Accepted, TreeDrafter
 from confu.generate import Decoder, _accepted
 from confu.stats import Stats
@@ -40,7 +41,7 @@ def same_tree(tree, row: int, expected: dict) -> None:
 # ---------------------------------------------------------------- the layer and its cache
 
 
-def commit(drafter, model, state, sequences, start, stop, *, future=None, anchors=None) -> None:
+def commit(drafter, model, state, sequences, start, stop, *, future=None, anchors=None, keeps_future=False) -> None:
     """Commit tokens start[b] .. stop[b] - 1 of every sequence, with their true features."""
     counts = [b - a for a, b in zip(start, stop, strict=True)]
     tokens = torch.full((len(sequences), max(counts)), 7)
@@ -49,7 +50,7 @@ def commit(drafter, model, state, sequences, start, stop, *, future=None, anchor
         tokens[row, : counts[row]] = torch.tensor(sequence[start[row] : stop[row]])
         features[row, : counts[row]] = naive.read(model, sequence)[1][start[row] : stop[row]]
     following = torch.tensor([sequence[end] for sequence, end in zip(sequences, stop, strict=True)])
-    drafter.commit(state, Accepted(tokens, counts, following, features, future, anchors))
+    drafter.commit(state, Accepted(tokens, counts, following, features, future, anchors, keeps_future))
 
 
 def check_draft_cache(state, oracle, model, sequences, told=({}, {}, {})) -> None:
@@ -94,6 +95,43 @@ def test_draft_cache_and_trees_equal_the_layer_written_out(model, drafts, drafte
         assert tree.tokens[row, 0] == sequence[-1]
     assert set(tree.tokens[:, 1:].flatten().tolist()) <= set(oracle.target_ids)
     check_draft_cache(state, oracle, model, SEQUENCES, told)
+
+
+CONFU = [method for method in naive.METHODS if method.startswith("confu")]
+
+
+@pytest.mark.parametrize("method", CONFU)
+def test_a_future_that_is_kept_serves_later_rows(model, drafts, drafters, method):
+    """Rows committed one round at a time behind the one that f follows: against the layer written out."""
+    drafter = drafters[method]
+    oracle = naive.NaiveDraft(drafts[method], model)
+    state = drafter.new_state(3, 16)
+    f = torch.randn(3, 1, 4 * naive.HIDDEN, generator=torch.Generator().manual_seed(0)) * 5
+    commit(drafter, model, state, SEQUENCES, [0, 0, 0], [2, 1, 1])
+    anchors = [2, 1, 1]
+    commit(drafter, model, state, SEQUENCES, anchors, [3, 2, 2], future=f, anchors=torch.zeros(3, 1, dtype=torch.int64))
+    for start in ([3, 2, 2], [4, 3, 3]):
+        commit(drafter, model, state, SEQUENCES, start, [n + 1 for n in start], keeps_future=True)
+    shown = [sequence[: anchor + 4] for sequence, anchor in zip(SEQUENCES, anchors, strict=True)]
+    told = [{anchor + lag: (f[row, 0], anchor) for lag in range(3)} for row, anchor in enumerate(anchors)]
+    check_draft_cache(state, oracle, model, shown, told)
+    tree = drafter.grow(state, TreeConfig(nodes=9, depth=4, topk=3))
+    for row, sequence in enumerate(shown):
+        proposals = oracle.proposals(sequence, naive.read(model, sequence)[1], told[row])
+        same_tree(tree, row, naive.grow(proposals, depth=4, topk=3, nodes=9))
+
+
+@pytest.mark.parametrize("method", CONFU)
+def test_rounds_that_draft_nothing_contemplate_once_in_l(model, target, drafts, method):
+    recorder = Recorder(drafts[method], target)
+    dear = Costs(((1, 10.0), (2, 1e6)), ((1, 1e6),), ((1, 1.0),))
+    prompts = [(5, 6, 7), (1,), (9, 9, 2, 4)]
+    answers = Decoder(target, recorder, costs=dear).generate(prompts, SamplingConfig(max_new_tokens=20))
+    assert [answer.token_ids for answer in answers] == [naive.greedy(model, prompt, 20) for prompt in prompts]
+    rounds = recorder.accepted[1:]
+    contemplated = [number for number, accepted in enumerate(rounds) if accepted.future is not None]
+    assert contemplated == [0, 8, 16]  # l = 8
+    assert all(accepted.keeps_future == (accepted.future is None) for accepted in rounds)
 
 
 @pytest.mark.parametrize("method", ["confu", "confu-kv"])

@@ -284,3 +284,27 @@ def test_argmax_is_the_first_of_equals(native, dtype, width):
         row[first % width] = row[width - 1] = row[(first + 2) % width] = 9
     expected = [[row.tolist().index(9) for row in logits[0]]]
     assert native.argmax(logits).tolist() == Rows().argmax(logits).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 65), (1, 30, 49_152), (4, MOST_ROWS, 8)])
+def test_log_probs(native, dtype, shape):
+    logits = random(*shape, dtype=dtype) * 4
+    generator = torch.Generator().manual_seed(1)
+    picked, tokens = (torch.randint(size, (5, shape[0]), generator=generator).T for size in shape[1:])
+    found = native.log_probs(logits, picked, tokens)
+    expected = torch.stack(
+        [
+            of[rows].double().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+            for of, rows, ids in zip(logits, picked, tokens, strict=True)
+        ]
+    )
+    assert (found.dtype, found.shape) == (torch.float32, (shape[0], 5))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(Rows().log_probs(logits, picked, tokens), found, rtol=1e-5, atol=1e-5)
+
+
+def test_log_probs_of_other_logits_by_torch(native, hollow):
+    logits, first = random(1, 4, 6), torch.zeros(1, 1, dtype=torch.int64)
+    for given in (logits.double(), logits.transpose(1, 2)):
+        same([hollow.log_probs(given, first, first)], [Rows().log_probs(given, first, first)])
