@@ -1,6 +1,6 @@
 """Attention of the rows of one forward over the cached keys: made once, called in every layer.
 
-On a processor with AMX tiles a few dozen rows in bfloat16 go through `attention.cpp`; everything else goes through
+On a processor with AMX tiles a few dozen rows in bfloat16 go through `tiles.cpp`; everything else goes through
 torch, which is the reference that it is tested against.
 
 Shapes: B batch, R rows, H query heads, G key-value heads, W width of a head, K keys.
@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from confu.native import library
 from confu.rows import MOST_ROWS
 
-LANES = 32  # a head's width in bfloat16 must be a multiple
+LANES, WIDEST = 32, 256  # a head's width in bfloat16: a multiple, and at most so much (tiles.cpp)
 
 
 class Attention:
@@ -83,8 +83,7 @@ def _tiles(head_dim: int) -> Callable[..., None] | None:
     functions = library()
     if functions is None:
         return None
-    functions.attention_widest.restype = ctypes.c_int64
-    if head_dim % LANES or head_dim > functions.attention_widest():
+    if head_dim % LANES or head_dim > WIDEST or not functions.tiles_granted():
         return None
     function = functions.attention_bf16
     function.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 8 + [ctypes.c_float]

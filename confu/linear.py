@@ -9,16 +9,20 @@ Shapes: K inputs, N outputs.
 
 from __future__ import annotations
 
+import ctypes
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
-from confu.rows import rows
+from confu.native import library
 
 QUANTIZATIONS = ("int8",)
 USUAL_ROWS = 16  # the layout is chosen for about so many; any number works
+TILE = 16
 
 
 class Product(nn.Module):
@@ -44,29 +48,52 @@ class PackedProduct(nn.Module):
 
 
 class Int8Product(nn.Module):
-    """The same with W rounded to int8, one scale for each output, and x to int8, one scale for each row (oneDNN, CPU).
+    """The same with W rounded to whole numbers from -127 to 127 times one scale for each output (CPU).
 
-    Every row is scaled by itself alone, so a token's result does not depend on which others share its forward: what
-    verifies a tree is the same model as what decodes one token at a time. Sums are exact integers.
+    Rows are not rounded. Were they, a last bit of one number would decide how it is rounded, that would move all that
+    comes after, and the tree's order of summation would make another model of it than one token at a time does.
+
+    Whole numbers up to 256 are exact in bfloat16. By AMX tiles (`tiles.cpp`) they are kept in int8 and widened on their
+    way; elsewhere they are a packed weight like any other, which is as exact but reads as much as without rounding.
     """
 
     def __init__(self, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None = None) -> None:
         super().__init__()
-        self.dtype, self.bias = weight.dtype, bias
-        rounded, self.scales = rows().quantize(weight.detach())
-        self.zeros = torch.zeros(len(weight), dtype=torch.int64)
-        self.weight = torch.ops.onednn.qlinear_prepack(rounded, [USUAL_ROWS, weight.shape[1]])
+        rounded, self.scales = quantize(weight.detach())
+        self.bias = None if bias is None else bias.detach().float()
+        self._function = _int8_function() if _fits_tiles(weight) else None
+        if self._function is None:
+            whole = rounded.to(weight.dtype)
+            self._plain = PackedProduct(whole) if _can_pack(whole) else Product(whole)
+        else:
+            tiles = rounded.view(len(weight) // TILE, TILE, -1, TILE, 2).permute(0, 2, 3, 1, 4)
+            self.weight = (
+                tiles.contiguous()
+            )  # blocks of outputs, of inputs, pairs of inputs, outputs, the two of a pair
 
     def forward(self, x: Float[Tensor, "*rows K"]) -> Float[Tensor, "*rows N"]:
-        if x.numel() == 0:
-            return x.new_empty(*x.shape[:-1], len(self.scales))
-        rounded, scales = rows().quantize(x)
-        # fmt: off
-        out = torch.ops.onednn.qlinear_pointwise(
-            rounded, 1.0, 0, self.weight, self.scales, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        if self._function is None:
+            out = self._plain(x).float() * self.scales
+            return (out if self.bias is None else out + self.bias).to(x.dtype)
+        x = x.contiguous()
+        out = x.new_empty(*x.shape[:-1], len(self.scales))
+        self._function(
+            x.data_ptr(),
+            self.weight.data_ptr(),
+            self.scales.data_ptr(),
+            None if self.bias is None else self.bias.data_ptr(),
+            out.data_ptr(),
+            x.numel() // x.shape[-1],
+            x.shape[-1],
+            len(self.scales),
         )
-        # fmt: on
-        return rows().rescale(out, scales, self.bias, self.dtype)
+        return out
+
+
+def quantize(weight: Float[Tensor, "N K"]) -> tuple[Int8[Tensor, "N K"], Float[Tensor, " N"]]:
+    """Whole numbers from -127 to 127, and each row's scale (float32) that gives it back."""
+    scales = weight.abs().amax(dim=1).float().clamp_(min=1e-12) / 127
+    return (weight / scales[:, None]).round_().to(torch.int8), scales
 
 
 def product(
@@ -111,6 +138,21 @@ def check_quantization(quantization: str | None, device: torch.device | str) -> 
         raise ValueError(f"quantization is {quantization!r}; give {', '.join(QUANTIZATIONS)}, or leave it out.")
     if torch.device(device).type != "cpu" or not torch.backends.mkldnn.is_available():
         raise ValueError(f"quantization {quantization} has kernels for the CPU only (oneDNN), not for {device}.")
+
+
+def _fits_tiles(weight: Tensor) -> bool:
+    return weight.dtype == torch.bfloat16 and weight.shape[0] % TILE == 0 and weight.shape[1] % (2 * TILE) == 0
+
+
+@functools.cache
+def _int8_function() -> Callable[..., None] | None:
+    """The compiled product, where it can run."""
+    functions = library()
+    if functions is None or not functions.tiles_granted():
+        return None
+    function = functions.int8_product
+    function.argtypes, function.restype = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 3, None
+    return function
 
 
 def _can_pack(weight: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The compiled functions of `rows.cpp` and `attention.cpp`: built on first use, in two seconds, where there is a C++
+"""The compiled functions of `rows.cpp` and `tiles.cpp`: built on first use, in two seconds, where there is a C++
 compiler, and kept in the user's cache.
 
 They use OpenMP where the process has its functions already: torch's, and so torch's own threads.
@@ -23,7 +23,7 @@ from confu.models import cache_dir
 
 logger = logging.getLogger(__name__)
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.cpp", "attention.cpp"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.cpp", "tiles.cpp"))
 
 
 @functools.cache
@@ -36,7 +36,7 @@ def library() -> ctypes.CDLL | None:
             logger.info("no OpenMP for the compiled functions: %s", error)
             return ctypes.CDLL(str(build()))
     except (OSError, subprocess.SubprocessError) as error:
-        logger.info("rows.cpp and attention.cpp are not used, torch takes their place: %s", error)
+        logger.info("rows.cpp and tiles.cpp are not used, torch takes their place: %s", error)
         return None
 
 

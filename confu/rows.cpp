@@ -111,35 +111,6 @@ template <typename T> void gate(const T* gate_up, T* out, int64_t rows, int64_t 
     }
 }
 
-// each row as int8 from -127 to 127, and the scale that gives it back
-template <typename T> void quantize(const T* x, int8_t* out, float* scales, int64_t rows, int64_t width) {
-#pragma omp parallel for if (rows * width > LIGHT)
-    for (int64_t r = 0; r < rows; r++) {
-        const T* __restrict__ from = x + r * width;
-        int8_t* __restrict__ to = out + r * width;
-        float largest = 1e-12f;
-        for (int64_t i = 0; i < width; i++) largest = std::fmax(largest, std::fabs(wide(from[i])));
-        scales[r] = largest / 127;
-        const float factor = 1 / scales[r];
-        for (int64_t i = 0; i < width; i++) to[i] = int8_t(std::nearbyint(wide(from[i]) * factor));
-    }
-}
-
-// out = x * scales of the rows (+ bias)
-template <typename T>
-void scale(const float* x, const float* scales, const T* __restrict__ bias, T* out, int64_t rows, int64_t width) {
-#pragma omp parallel for if (rows * width > LIGHT)
-    for (int64_t r = 0; r < rows; r++) {
-        const float* __restrict__ from = x + r * width;
-        T* __restrict__ to = out + r * width;
-        const float by = scales[r];
-        if (bias)
-            for (int64_t i = 0; i < width; i++) put(to[i], from[i] * by + wide(bias[i]));
-        else
-            for (int64_t i = 0; i < width; i++) put(to[i], from[i] * by);
-    }
-}
-
 // the largest of x[0] ... x[count - 1]
 template <typename T> float most(const T* x, int64_t count) {
     float largest = wide(x[0]);
@@ -223,12 +194,6 @@ template <typename T> void argmax(const T* x, int64_t* places, int64_t rows, int
         rotate(m, c, s, w, q, k, v, firsts, slots, batch, rows, heads, groups, n, eps);                                \
     }                                                                                                                 \
     extern "C" void gate_##T(const T* x, T* o, int64_t rows, int64_t n) { gate(x, o, rows, n); }                       \
-    extern "C" void quantize_##T(const T* x, int8_t* o, float* s, int64_t rows, int64_t n) {                           \
-        quantize(x, o, s, rows, n);                                                                                   \
-    }                                                                                                                 \
-    extern "C" void scale_##T(const float* x, const float* s, const T* b, T* o, int64_t rows, int64_t n) {             \
-        scale(x, s, b, o, rows, n);                                                                                   \
-    }                                                                                                                 \
     extern "C" void best_##T(const T* x, float* v, int64_t* p, int64_t rows, int64_t n, int64_t k) {                   \
         best(x, v, p, rows, n, k);                                                                                    \
     }                                                                                                                 \

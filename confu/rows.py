@@ -1,4 +1,4 @@
-"""What stands between the matrix products of a decoder layer: norms, rotations, the gate, rounding to int8; and what
+"""What stands between the matrix products of a decoder layer: norms, rotations and the gate; and what
 rows of logits say: which tokens a draft likes best, how probable the target finds one.
 
 A verification reads a few dozen rows, so these cost little arithmetic but, as torch operations, some fifteen calls a
@@ -14,7 +14,7 @@ import ctypes
 import functools
 
 import torch
-from jaxtyping import Float, Int, Int8
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
@@ -65,22 +65,6 @@ class Rows:
         gate, up = gate_up.chunk(2, dim=-1)
         return silu(gate) * up
 
-    def quantize(self, x: Float[Tensor, "*rows W"]) -> tuple[Int8[Tensor, "*rows W"], Float[Tensor, "*rows"]]:
-        """Each row as int8 from -127 to 127, and the scale (float32) that gives it back."""
-        scales = x.abs().amax(dim=-1).float().clamp_(min=1e-12) / 127
-        return (x * scales[..., None].reciprocal()).round_().to(torch.int8), scales
-
-    def rescale(
-        self,
-        x: Float[Tensor, "*rows W"],
-        scales: Float[Tensor, "*rows"],
-        bias: Float[Tensor, " W"] | None,
-        dtype: torch.dtype,
-    ) -> Float[Tensor, "*rows W"]:
-        """Rows (float32) times their scales, plus ``bias``, in ``dtype``."""
-        x = x * scales[..., None]
-        return (x if bias is None else x + bias).to(dtype)
-
     def best(
         self, logits: Float[Tensor, "B R U"], count: int
     ) -> tuple[Float[Tensor, "B R count"], Int[Tensor, "B R count"]]:
@@ -109,8 +93,6 @@ class NativeRows(Rows):
             "add_norm": [pointer] * 5 + [count] * 2 + [number],
             "rotate": [pointer] * 8 + [count] * 6 + [number],
             "gate": [pointer] * 2 + [count] * 2,
-            "quantize": [pointer] * 3 + [count] * 2,
-            "scale": [pointer] * 4 + [count] * 2,
             "best": [pointer] * 3 + [count] * 3,
             "argmax": [pointer] * 2 + [count] * 2,
             "log_probs": [pointer] * 4 + [count] * 4,
@@ -185,32 +167,6 @@ class NativeRows(Rows):
         width = gate_up.shape[-1] // 2
         out = gate_up.new_empty(*gate_up.shape[:-1], width)
         self._functions["gate", out.dtype](gate_up.data_ptr(), out.data_ptr(), out.numel() // width, width)
-        return out
-
-    def quantize(self, x: Float[Tensor, "*rows W"]) -> tuple[Int8[Tensor, "*rows W"], Float[Tensor, "*rows"]]:
-        if not self._serves(x):
-            return super().quantize(x)
-        width = x.shape[-1]
-        out = torch.empty(x.shape, dtype=torch.int8)
-        scales = torch.empty(x.shape[:-1], dtype=torch.float32)
-        self._functions["quantize", x.dtype](x.data_ptr(), out.data_ptr(), scales.data_ptr(), x.numel() // width, width)
-        return out, scales
-
-    def rescale(
-        self,
-        x: Float[Tensor, "*rows W"],
-        scales: Float[Tensor, "*rows"],
-        bias: Float[Tensor, " W"] | None,
-        dtype: torch.dtype,
-    ) -> Float[Tensor, "*rows W"]:
-        alike = x.dtype == torch.float32 and (bias is None or bias.dtype == dtype)
-        if not (self._serves(x) and alike and dtype in SUFFIXES):
-            return super().rescale(x, scales, bias, dtype)
-        width, out = x.shape[-1], torch.empty(x.shape, dtype=dtype)
-        added = None if bias is None else bias.data_ptr()
-        self._functions["scale", dtype](
-            x.data_ptr(), scales.data_ptr(), added, out.data_ptr(), x.numel() // width, width
-        )
         return out
 
     def best(

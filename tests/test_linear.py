@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from confu.linear import Int8Product, PackedProduct, Product, check_quantization, pack_linears, product
+from confu import linear
+from confu.linear import Int8Product, PackedProduct, Product, check_quantization, pack_linears, product, quantize
 from confu.llama import LlamaForward, is_llama_like
 from confu.load import pack
 from confu.memory import forget_mapped
-from confu.rows import rows
 from confu.target import Target
 
 LLAMA_LIKE = ("Llama 3", "Llama 3, tied head", "Qwen2, Qwen2.5", "Qwen3", "Mistral")
@@ -38,30 +38,51 @@ def test_packed_product_is_the_plain_one(dtype, with_bias, shape):
     torch.testing.assert_close(ours.float(), wide, rtol=2 * torch.finfo(dtype).eps, atol=60 * torch.finfo(dtype).eps)
 
 
+def int8_products(weight, bias):
+    """By tiles where this machine has them and the shape fits, and by a plain product of the same whole numbers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "_int8_function", lambda: None)
+        plain = Int8Product(weight, bias)
+    return [Int8Product(weight, bias), plain]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_int8_product_is_the_product_of_what_was_rounded(dtype, with_bias):
-    weight, bias = random(96, 40, dtype=dtype), random(96, seed=1, dtype=dtype) if with_bias else None
-    x = random(2, 7, 40, seed=2, dtype=dtype) * torch.logspace(-4, 4, 7).to(dtype)[:, None]
-    (weights, weight_scales), (states, row_scales) = rows().quantize(weight), rows().quantize(x)
-    assert weights.dtype == states.dtype == torch.int8
-    assert weights.abs().amax(-1).eq(127).all()  # every row uses its whole range
-    assert ((weights * weight_scales[:, None] - weight.float()).abs() <= 0.501 * weight_scales[:, None]).all()
-    expected = (states.long() @ weights.long().T) * weight_scales * row_scales[..., None]
-    expected = expected if bias is None else expected + bias
-    ours = Int8Product(weight, bias)(x)
-    assert ours.dtype == dtype
-    torch.testing.assert_close(ours.double(), expected.double(), rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+@pytest.mark.parametrize("shape", [(96, 64), (96, 40), (80, 96), (70, 64), (16, 32), (512, 1536)])
+@pytest.mark.parametrize("num_rows", [1, 2, 15, 16, 17, 33, 48, 64, 65, 130])
+def test_int8_product_is_the_product_of_what_was_rounded(dtype, with_bias, shape, num_rows):
+    weight, bias = random(*shape, dtype=dtype), random(shape[0], seed=1, dtype=dtype) if with_bias else None
+    weight[0] = 0
+    x = random(num_rows, shape[1], seed=2, dtype=dtype) * torch.logspace(-4, 4, num_rows).to(dtype)[:, None]
+    whole, scales = quantize(weight)
+    assert whole.dtype == torch.int8
+    assert whole[1:].abs().amax(-1).eq(127).all()  # every output uses its whole range
+    assert ((whole * scales[:, None] - weight.float()).abs() <= 0.501 * scales[:, None]).all()
+    rounded = whole.double() * scales[:, None].double()
+    product_alone = expected = x.double() @ rounded.T
+    size = (x.double().abs() @ rounded.abs().T).clamp(min=1e-30)  # what its summands are, a bound of what rounding does
+    if bias is not None:
+        expected, size = expected + bias.double(), size + bias.double().abs()
+    eps = torch.finfo(dtype).eps
+    for layer in int8_products(weight, bias):
+        ours = layer(x[None])[0]
+        assert (ours.dtype, ours.shape) == (dtype, expected.shape)
+        off = (ours.double() - expected).abs()
+        # a plain product is rounded to its own type before its scale and bias
+        before_bias = 0 if layer._function else eps * product_alone.abs()
+        assert (off <= 4e-6 * size + eps * expected.abs() + before_bias).all()
+        assert torch.equal(layer(x), ours)
 
 
-def test_an_int8_row_does_not_depend_on_its_company():
-    layer = Int8Product(random(64, 48))
-    rows = random(40, 48, seed=1) * torch.logspace(-3, 3, 40)[:, None]
+def test_an_int8_row_by_tiles_does_not_depend_on_its_company():
+    layer = Int8Product(random(64, 96).bfloat16())
+    rows = (random(140, 96, seed=1) * torch.logspace(-3, 3, 140)[:, None]).bfloat16()
     together = layer(rows[None])[0]
-    for i in range(40):
-        assert torch.equal(together[i], layer(rows[i]))
-    assert torch.equal(layer(torch.zeros(1, 48)), torch.zeros(1, 64))
-    assert layer(torch.zeros(2, 0, 48)).shape == (2, 0, 64)
+    for i in range(140):
+        torch.testing.assert_close(together[i], layer(rows[i]), rtol=0, atol=0)
+    assert torch.equal(layer(torch.zeros(1, 96).bfloat16()), torch.zeros(1, 64).bfloat16())
+    assert layer(torch.zeros(2, 0, 96).bfloat16()).shape == (2, 0, 64)
+    assert Int8Product(random(64, 96))(torch.zeros(2, 0, 96)).shape == (2, 0, 64)
 
 
 def test_the_fastest_product_is_chosen():

@@ -3,6 +3,7 @@
 import ctypes
 import itertools
 import logging
+import shutil
 import subprocess
 
 import pytest
@@ -28,6 +29,12 @@ def fresh(tmp_path, monkeypatch):
     yield ran
     for remembered in (library, rows):
         remembered.cache_clear()
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="there is no C++ compiler")
+def test_a_compiler_takes_the_sources():
+    """Without this, an error in them would turn everything compiled off, its tests included."""
+    assert library() is not None
 
 
 def test_the_library_is_built_once(fresh, tmp_path, monkeypatch):

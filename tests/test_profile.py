@@ -28,7 +28,7 @@ TREE = TreeConfig(nodes=8, depth=3, topk=3)
 PROMPT = [3, 1, 4, 1, 5]
 PLACES = [
     *((kind, "__call__") for kind in (linear.Product, linear.PackedProduct, linear.Int8Product)),
-    *((type(rows()), name) for name in ("add_norm", "rotate", "gate", "quantize", "rescale")),
+    *((type(rows()), name) for name in ("add_norm", "rotate", "gate")),
     (Attention, "__call__"),
     (torch.nn.functional, "scaled_dot_product_attention"),
     *((generate._Running, name) for name in ("emit", "note_cached", "drop_finished")),

@@ -210,7 +210,7 @@ def wrapped(decoder: Decoder, wrap: Wrap) -> Iterator[None]:
         (TARGET, Target, ("verify",)),
         (ATTENTION, Attention, ("__call__",)),
         (ATTENTION, torch.nn.functional, ("scaled_dot_product_attention",)),  # of transformers' models
-        (ROWS, type(rows()), ("add_norm", "rotate", "gate", "quantize", "rescale")),
+        (ROWS, type(rows()), ("add_norm", "rotate", "gate")),
         (WRITES, KVCache, ("update",)),
         (DRAW, Sampler, ("draw",)),
         (DRAW, generate, ("walk",)),

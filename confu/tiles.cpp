@@ -1,9 +1,13 @@
-// Attention of a few dozen rows over cached keys in bfloat16, by AMX tiles where the processor has them (Linux, x86-64).
-// Same arithmetic as the torch function in attention.py, which it is tested against. Built and called from native.py.
+// Attention over cached keys in bfloat16, and products with weights in int8, for a few dozen rows by AMX tiles, where the
+// processor has them (Linux, x86-64). Same arithmetic as the torch functions in attention.py and linear.py, which they are
+// tested against. Built by native.py, called from there.
 //
-// The keys of a group of heads are cut into pieces. A piece and all query rows of its group are one task: scores by
+// Attention. The keys of a group of heads are cut into pieces. A piece and all query rows of its group are one task: scores by
 // tiles, softmax of the piece alone, then the weighted values by tiles. In the end the pieces of a row are merged by
 // their largest score and their sum of weights.
+//
+// Products. A weight holds whole numbers up to 127, which are exact in bfloat16: each tile of them is widened on its way to
+// the processor's tiles, so only half as much is read from memory, and rows are rounded no further than bfloat16 is.
 
 #include <cstdint>
 
@@ -203,11 +207,57 @@ void merge(const float* partial, const float* stats, int64_t pieces, int64_t str
                             __m256i(_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_load_ps(sum + i), by))));
 }
 
+constexpr int64_t WEIGHTS = TILE * PAIRS;  // of a tile
+constexpr int64_t BLOCKS = 4;             // tiles of rows that share what is read of a weight
+constexpr int64_t AHEAD = 4, RING = 8;    // tiles are widened so many before they are needed, into so many places
+
+// the weights of one tile
+inline void widen(const int8_t* from, uint16_t* to) {
+    const auto wide = [&](int64_t at) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at))));
+    };
+    for (int64_t i = 0; i < WEIGHTS; i += PAIRS)
+        _mm512_store_si512(to + i, __m512i(_mm512_cvtne2ps_pbh(wide(i + TILE), wide(i))));
+}
+
+// 16 outputs of up to 64 rows: sums [16 COUNT, 16]
+template <int COUNT>
+void multiply(const uint16_t* const* blocks, const int8_t* weight, int64_t inputs, uint16_t* ring, float* sums) {
+    const int64_t tiles = inputs / PAIRS;
+    _tile_zero(0);
+    if constexpr (COUNT > 1) _tile_zero(1);
+    if constexpr (COUNT > 2) _tile_zero(2);
+    if constexpr (COUNT > 3) _tile_zero(3);
+    for (int64_t k = 0; k < AHEAD && k < tiles; k++) widen(weight + k * WEIGHTS, ring + k * WEIGHTS);
+    for (int64_t k = 0; k < tiles; k++) {
+        if (k + AHEAD < tiles) widen(weight + (k + AHEAD) * WEIGHTS, ring + (k + AHEAD) % RING * WEIGHTS);
+        _tile_loadd(6, ring + k % RING * WEIGHTS, 64);
+        _tile_loadd(4, blocks[0] + k * PAIRS, inputs * 2);
+        _tile_dpbf16ps(0, 4, 6);
+        if constexpr (COUNT > 1) {
+            _tile_loadd(5, blocks[1] + k * PAIRS, inputs * 2);
+            _tile_dpbf16ps(1, 5, 6);
+        }
+        if constexpr (COUNT > 2) {
+            _tile_loadd(4, blocks[2] + k * PAIRS, inputs * 2);
+            _tile_dpbf16ps(2, 4, 6);
+        }
+        if constexpr (COUNT > 3) {
+            _tile_loadd(5, blocks[3] + k * PAIRS, inputs * 2);
+            _tile_dpbf16ps(3, 5, 6);
+        }
+    }
+    _tile_stored(0, sums, 64);
+    if constexpr (COUNT > 1) _tile_stored(1, sums + TILE * TILE, 64);
+    if constexpr (COUNT > 2) _tile_stored(2, sums + 2 * TILE * TILE, 64);
+    if constexpr (COUNT > 3) _tile_stored(3, sums + 3 * TILE * TILE, 64);
+}
+
 }  // namespace
 
-extern "C" int64_t attention_widest() {  // 0: this machine cannot
+extern "C" int64_t tiles_granted() {
     static const bool granted = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
-    return granted ? WIDEST : 0;
+    return granted;
 }
 
 // queries [batch, heads, rows, width]; keys and values [batch, groups, num_keys, width] with the given strides; mask
@@ -244,9 +294,49 @@ extern "C" void attention_bf16(const uint16_t* queries, const uint16_t* keys, co
     }
 }
 
+// x [rows, inputs] times whole numbers [outputs / 16, inputs / 32, 16, 16, 2] (blocks of outputs, of inputs, pairs of inputs,
+// outputs, the two of a pair), times scales [outputs], plus bias [outputs] if there is one -> out [rows, outputs]
+extern "C" void int8_product(const uint16_t* x, const int8_t* weight, const float* scales, const float* bias, uint16_t* out,
+                             int64_t rows, int64_t inputs, int64_t outputs) {
+#pragma omp parallel
+    {
+        alignas(64) uint16_t ring[RING * WEIGHTS];
+        alignas(64) float sums[BLOCKS * TILE * TILE];
+        static thread_local std::vector<uint16_t> rest;  // a last tile of rows that is not full
+        const TileConfig config;
+        _tile_loadconfig(&config);
+        for (int64_t first = 0; first < rows; first += BLOCKS * TILE) {
+            const int64_t here = rows - first < BLOCKS * TILE ? rows - first : BLOCKS * TILE, count = (here + TILE - 1) / TILE;
+            const uint16_t* blocks[BLOCKS];
+            for (int64_t b = 0; b < count; b++) blocks[b] = x + (first + b * TILE) * inputs;
+            if (const int64_t left = here % TILE) {
+                if (rest.size() < size_t(TILE * inputs)) rest.resize(TILE * inputs);
+                std::memcpy(rest.data(), blocks[count - 1], left * inputs * 2);
+                blocks[count - 1] = rest.data();
+            }
+#pragma omp for schedule(static) nowait
+            for (int64_t column = 0; column < outputs; column += TILE) {
+                const int8_t* mine = weight + column * inputs;
+                if (count == 1) multiply<1>(blocks, mine, inputs, ring, sums);
+                if (count == 2) multiply<2>(blocks, mine, inputs, ring, sums);
+                if (count == 3) multiply<3>(blocks, mine, inputs, ring, sums);
+                if (count == 4) multiply<4>(blocks, mine, inputs, ring, sums);
+                const __m512 by = _mm512_loadu_ps(scales + column);
+                const __m512 plus = bias ? _mm512_loadu_ps(bias + column) : _mm512_setzero_ps();
+                for (int64_t i = 0; i < here; i++)
+                    _mm256_storeu_si256(
+                        reinterpret_cast<__m256i*>(out + (first + i) * outputs + column),
+                        __m256i(_mm512_cvtneps_pbh(_mm512_fmadd_ps(_mm512_load_ps(sums + i * TILE), by, plus))));
+            }
+        }
+        _tile_release();
+    }
+}
+
 #else
 
-extern "C" int64_t attention_widest() { return 0; }
+extern "C" int64_t tiles_granted() { return 0; }
+extern "C" void int8_product(const uint16_t*, const int8_t*, const float*, const float*, uint16_t*, int64_t, int64_t, int64_t) {}
 extern "C" void attention_bf16(const uint16_t*, const uint16_t*, const uint16_t*, const uint8_t*, uint16_t*, int64_t, int64_t,
                                int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float) {}
 
