@@ -66,10 +66,9 @@ class Int8Product(nn.Module):
             whole = rounded.to(weight.dtype)
             self._plain = PackedProduct(whole) if _can_pack(whole) else Product(whole)
         else:
-            tiles = rounded.view(len(weight) // TILE, TILE, -1, TILE, 2).permute(0, 2, 3, 1, 4)
-            self.weight = (
-                tiles.contiguous()
-            )  # blocks of outputs, of inputs, pairs of inputs, outputs, the two of a pair
+            # blocks of outputs, of inputs, pairs of inputs, the two of a pair, outputs
+            tiles = rounded.view(len(weight) // TILE, TILE, -1, TILE, 2).permute(0, 2, 3, 4, 1)
+            self.weight = tiles.contiguous()
 
     def forward(self, x: Float[Tensor, "*rows K"]) -> Float[Tensor, "*rows N"]:
         if self._function is None:

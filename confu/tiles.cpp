@@ -209,15 +209,18 @@ void merge(const float* partial, const float* stats, int64_t pieces, int64_t str
 
 constexpr int64_t WEIGHTS = TILE * PAIRS;  // of a tile
 constexpr int64_t BLOCKS = 4;             // tiles of rows that share what is read of a weight
-constexpr int64_t AHEAD = 4, RING = 8;    // tiles are widened so many before they are needed, into so many places
+constexpr int64_t AHEAD = 4, RING = 8;    // tiles are widened so many before they are needed, into so many places,
+constexpr int64_t FETCH = 24;             // and asked of memory so many before
 
-// the weights of one tile
+// the weights of one tile: whole numbers as float32, whose upper half is all there is of them; pairs of these halves
 inline void widen(const int8_t* from, uint16_t* to) {
     const auto wide = [&](int64_t at) {
-        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at))));
+        return _mm512_castps_si512(
+            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at)))));
     };
-    for (int64_t i = 0; i < WEIGHTS; i += PAIRS)
-        _mm512_store_si512(to + i, __m512i(_mm512_cvtne2ps_pbh(wide(i + TILE), wide(i))));
+    const __m512i upper = _mm512_set1_epi32(int(0xffff0000));
+    for (int64_t i = 0; i < WEIGHTS; i += PAIRS)  // 0xca: where the mask has ones the second, else the third
+        _mm512_store_si512(to + i, _mm512_ternarylogic_epi32(upper, wide(i + TILE), _mm512_srli_epi32(wide(i), 16), 0xca));
 }
 
 // 16 outputs of up to 64 rows: sums [16 COUNT, 16]
@@ -230,6 +233,8 @@ void multiply(const uint16_t* const* blocks, const int8_t* weight, int64_t input
     if constexpr (COUNT > 3) _tile_zero(3);
     for (int64_t k = 0; k < AHEAD && k < tiles; k++) widen(weight + k * WEIGHTS, ring + k * WEIGHTS);
     for (int64_t k = 0; k < tiles; k++) {
+        for (int64_t line = 0; line < WEIGHTS; line += 64)
+            _mm_prefetch(reinterpret_cast<const char*>(weight + (k + FETCH) * WEIGHTS + line), _MM_HINT_T0);
         if (k + AHEAD < tiles) widen(weight + (k + AHEAD) * WEIGHTS, ring + (k + AHEAD) % RING * WEIGHTS);
         _tile_loadd(6, ring + k % RING * WEIGHTS, 64);
         _tile_loadd(4, blocks[0] + k * PAIRS, inputs * 2);
@@ -294,8 +299,8 @@ extern "C" void attention_bf16(const uint16_t* queries, const uint16_t* keys, co
     }
 }
 
-// x [rows, inputs] times whole numbers [outputs / 16, inputs / 32, 16, 16, 2] (blocks of outputs, of inputs, pairs of inputs,
-// outputs, the two of a pair), times scales [outputs], plus bias [outputs] if there is one -> out [rows, outputs]
+// x [rows, inputs] times whole numbers [outputs / 16, inputs / 32, 16, 2, 16] (blocks of outputs, of inputs, pairs of inputs,
+// the two of a pair, outputs), times scales [outputs], plus bias [outputs] if there is one -> out [rows, outputs]
 extern "C" void int8_product(const uint16_t* x, const int8_t* weight, const float* scales, const float* bias, uint16_t* out,
                              int64_t rows, int64_t inputs, int64_t outputs) {
 #pragma omp parallel
