@@ -70,6 +70,11 @@ class TreeOptions:
         return TreeConfig(**{name: value for name, value in dataclasses.asdict(self).items() if value is not None})
 
 
+def tree_option(field: str) -> str:
+    """What a field of `TreeOptions` is called on a command line."""
+    return "--contemplate" if field == "contemplate" else f"--tree-{field}"
+
+
 @dataclass(frozen=True)
 class ComputeConfig:
     """Where and how exactly the models compute."""

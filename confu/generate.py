@@ -219,8 +219,8 @@ class Decoder:
         return Budget(self.costs, self.tree, batch_size, contemplates=contemplates)
 
     def _num_con(self, tree: Tree, age: int | None) -> int:
-        """Contemplate rows of each sequence. Where no tree was worth its time, an f serves as many rows as it did in
-        training (l)."""
+        """Contemplate rows of each sequence. Where no tree was worth its time, an f serves l rounds: in training it
+        served as many rows."""
         contemplation, nodes = self.drafter.contemplation if self.drafter else None, tree.tokens.shape[1]
         if contemplation is None or (nodes == 1 and age is not None and age + 1 < contemplation.replication):
             return 0

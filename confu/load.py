@@ -58,9 +58,14 @@ def load_decoder(
     decoder = join(draft, network, model, forward, tokenizer, tree, progress=progress)
     del network, model  # the drafter and the forward have what decoding needs, laid out anew
     return_freed_memory()
-    if compile:  # what short texts need is recorded now, and not in the first answer
-        decoder.generate([[0, 0]], SamplingConfig(max_new_tokens=4, ignore_eos=True))
+    _record(decoder)
     return decoder
+
+
+def _record(decoder: Decoder) -> None:
+    """With ``compile``, what short texts need is recorded now, and not in the first answer."""
+    if decoder.target.compiled:
+        decoder.generate([[0, 0]], SamplingConfig(max_new_tokens=4, ignore_eos=True))
 
 
 def load_target(
@@ -149,6 +154,7 @@ def use_tuning(decoder: Decoder, draft: str | None) -> bool:
     found = read(draft_path(draft), decoder) if draft is not None and not is_untrained(draft) else None
     if found is not None:
         decoder.tree, decoder.costs = found
+        _record(decoder)
     return found is not None
 
 

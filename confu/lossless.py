@@ -18,7 +18,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from confu.bench.equality import ROUNDING_GAP, SMALLEST_P
-from confu.config import SamplingConfig, TreeConfig
+from confu.config import SamplingConfig
 from confu.generate import Decoder
 from confu.linear import pack_linears
 from confu.load import encode_prompt, encode_raw
@@ -34,7 +34,7 @@ PROMPTS = Path(__file__).parent / "prompts.jsonl"
 SAMPLED_PROMPT = "Once there was a"
 TOP_K, SAMPLED_TOKENS = 3, 3
 COPIES = 64  # of the prompt in one batch
-SAMPLING_TREE = TreeConfig(nodes=6, depth=2, topk=3)
+MOST_SAMPLING = {"nodes": 6, "depth": 2, "topk": 3}  # of their trees
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,11 @@ def check_greedy(
 def check_sampling(
     decoder: Decoder, model: PreTrainedModel, prompt: list[int], samples: int, progress: Progress = _silent
 ) -> SamplingCheck:
-    """Many copies of one prompt, each with its own seed, through the batched engine."""
-    engine = Decoder(decoder.target, decoder.drafter, decoder.tokenizer, SAMPLING_TREE)
+    """Many copies of one prompt, each with its own seed, through the batched engine, by the decoder's tree or a smaller
+    one. (Sized by costs, trees of so large a batch would be none.)"""
+    small = {name: min(getattr(decoder.tree, name), most) for name, most in MOST_SAMPLING.items()}
+    tree = dataclasses.replace(decoder.tree, **small)
+    engine = Decoder(decoder.target, decoder.drafter, decoder.tokenizer, tree)
     observed: Counter[tuple[int, ...]] = Counter()
     for first in range(0, samples, COPIES):
         progress("sampling", first / samples)

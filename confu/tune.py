@@ -70,6 +70,8 @@ class Trial:
     """Over plain decoding of the same prompts."""
     mean_acceptance_length: float
     nodes_per_round: float
+    conditional_acceptance: tuple[float, ...]
+    """For each depth, the share of rounds that accepted it among those that accepted all depths before."""
 
 
 @dataclass(frozen=True)
@@ -157,10 +159,14 @@ def _trials(
     shapes: list[tuple[str, TreeConfig | None, bool]] = [("plain", None, False), *named]
     trials = []
     for (name, tree, adaptive), mine in zip(shapes, found, strict=True):
-        whole = Stats(round_lengths=[lengths for s in mine for lengths in s.round_lengths])
+        whole = Stats(
+            round_lengths=[lengths for s in mine for lengths in s.round_lengths],
+            round_accepted=[accepted for s in mine for accepted in s.round_accepted],
+        )
         nodes = 1 + sum(s.num_draft_tokens for s in mine) / max(1, whole.num_rounds)
         speedup, tau = speed(mine) / speed(found[0]), whole.mean_acceptance_length
-        trials.append(Trial(name, tree, adaptive, speed(mine), speedup, tau, nodes))
+        depths = tuple(whole.conditional_acceptance)
+        trials.append(Trial(name, tree, adaptive, speed(mine), speedup, tau, nodes, depths))
     return trials
 
 
@@ -250,6 +256,7 @@ def machine_key(decoder: Decoder) -> str:
 def write(folder: Path, decoder: Decoder, tuning: Tuning) -> Path:
     """Keep the tuning where `read` looks: the first place that can be written to."""
     entry = dataclasses.asdict(tuning) | {
+        "draft": _digest(folder),
         "confu": __version__,
         "torch": torch.__version__,
         "commit": checkout()[0],
@@ -269,10 +276,19 @@ def read(folder: Path, decoder: Decoder) -> tuple[TreeConfig, Costs] | None:
     """Limits and costs found for this draft on this machine; None where it was not tuned."""
     for path in _places(folder):
         entry = _machines(path).get(machine_key(decoder))
-        if entry is not None:
+        if entry is not None and entry.get("draft") != _digest(folder):
+            logger.warning("%s is of other weights of this draft and is not used; run `confu tune` again", path)
+        elif entry is not None:
             tree = from_dict(TreeConfig, entry["tree"], source=str(path))
             return tree, from_dict(Costs, entry["costs"], source=str(path))
     return None
+
+
+def _digest(folder: Path) -> str:
+    """Tells a draft from another that was trained into the same folder, or shipped by the same name."""
+    with suppress(OSError), (folder / "model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return ""
 
 
 def _places(folder: Path) -> list[Path]:

@@ -37,7 +37,7 @@ class Walk:
 def walk(tree: Tree, drawn: Int[Tensor, "B N"]) -> Walk:
     """Follow the drawn tokens: a node is accepted when it and all its ancestors equal what their parents drew.
 
-    This is the round's one transfer to the host (the counts).
+    The counts go to the host: how many rows the caches keep is decided there.
     """
     agrees = (tree.tokens == drawn.gather(1, tree.parents)) & tree.valid
     agrees[:, 0] = True

@@ -192,6 +192,13 @@ def test_options_without_effect_are_said_so(confu_run):
     assert "--contemplate" not in err
     _, _, err = confu_run("generate", "eagle3", "--prompt", "x", "--max-new-tokens", "2", "--contemplate", "1")
     assert "without effect for a draft that does not contemplate: --contemplate" in err
+    short = ("--prompt", "x", "--max-new-tokens", "2", "--tree-nodes", "5", "--tree-topk", "3")
+    _, _, err = confu_run("generate", "lookup", "--target", "target", *short)
+    assert "without effect for lookup: --tree-topk\n" in err
+    _, _, err = confu_run("generate", "--no-draft", "--target", "target", *short)
+    assert "without effect without a draft: --tree-nodes and --tree-topk\n" in err
+    _, _, err = confu_run("generate", "confu", *short)
+    assert "without effect" not in err
 
 
 def test_seed_decides_sampled_answers(confu_run):
@@ -313,7 +320,7 @@ def test_chat_from_a_pipe_keeps_its_cache(confu_run, monkeypatch):
     assert len(out.strip()) > 0
     summaries = [line for line in err.splitlines() if "mean acceptance length" in line]
     assert len(summaries) == 3
-    assert ["(0 cached)" in line for line in summaries] == [True, False, True]
+    assert ["(0 cached)" in line for line in summaries] == [True, False, False]  # /reset keeps the system message
 
 
 def test_chat_json_is_one_document(confu_run, monkeypatch):

@@ -168,6 +168,17 @@ def test_findings_are_kept_per_machine(tuning, tmp_path, caplog):
         assert said in caplog.text
 
 
+def test_findings_are_those_of_the_weights(tuning, tmp_path, caplog):
+    decoder, found = tuning
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    tune.write(tmp_path, decoder, found)
+    assert tune.read(tmp_path, decoder) == (found.tree, found.costs)
+    (tmp_path / "model.safetensors").write_bytes(b"two")  # trained anew
+    with caplog.at_level(logging.WARNING):
+        assert tune.read(tmp_path, decoder) is None
+    assert "is of other weights of this draft and is not used; run `confu tune` again" in caplog.text
+
+
 def test_where_the_draft_cannot_be_written_to_the_cache_keeps_it(tuning, tmp_path):
     decoder, found = tuning
     nowhere = tmp_path / "file"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Group, Parameter
 
 from confu import __version__
-from confu.config import ComputeConfig, SamplingConfig, TreeOptions
+from confu.config import ComputeConfig, SamplingConfig, TreeOptions, tree_option
 from confu.terminal.screen import Stages, Terminal
 
 if TYPE_CHECKING:
@@ -46,10 +46,6 @@ class OutputConfig:
         return Terminal(json=self.json, quiet=self.quiet)
 
 
-def _tree_option(field: str) -> str:
-    return "--contemplate" if field == "contemplate" else f"--tree-{field}"
-
-
 DraftName = Annotated[
     str | None,
     Parameter(
@@ -68,7 +64,7 @@ Dtype = Annotated[
 Quantization = Annotated[str | None, Parameter(group=MODEL, help="int8 checks the target with rounded weights (CPU).")]
 Device = Annotated[str, Parameter(group=MODEL, help="cpu, cuda, cuda:1 ...; auto is cuda where there is one.")]
 Sampling = Annotated[SamplingConfig, Parameter(name="*", group=SAMPLED)]
-Tree = Annotated[TreeOptions, Parameter(name="*", group=TREES, name_transform=_tree_option)]
+Tree = Annotated[TreeOptions, Parameter(name="*", group=TREES, name_transform=tree_option)]
 Output = Annotated[OutputConfig, Parameter(name="*", group=SHOWN)]
 COMPUTE, SAMPLING, TREE, OUTPUT = ComputeConfig(), SamplingConfig(), TreeOptions(), OutputConfig()
 

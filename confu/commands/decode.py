@@ -83,7 +83,7 @@ def generate(
     decoder, names = load(terminal, draft, target, compute, tree, no_draft=no_draft)
     from confu.terminal import talk
 
-    talk.warn_without_effect(terminal, decoder, sampling)
+    talk.warn_without_effect(terminal, decoder, sampling, tree)
     ids = _encode(decoder, text, system, raw=raw)
     view = None
     if show_tokens or show_rejected:
@@ -146,7 +146,7 @@ def chat(
     decoder, names = load(terminal, draft, target, compute, tree, no_draft=no_draft)
     from confu.terminal import talk
 
-    talk.warn_without_effect(terminal, decoder, sampling)
+    talk.warn_without_effect(terminal, decoder, sampling, tree)
     if terminal.interactive:
         terminal.say(f"{names['draft']} on {names['target']}: /reset forgets, /exit or Ctrl-D leaves", style="dim")
     turns: list[dict[str, Any]] = []

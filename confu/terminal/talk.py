@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from confu.config import SamplingConfig
+from confu.config import SamplingConfig, TreeOptions, tree_option
 from confu.generate import Decoder, Session, Token
-from confu.load import encode_chat
+from confu.load import LOOKUP, encode_chat
 from confu.stats import Stats
 from confu.terminal.screen import Stages, Terminal, decode_utf8
 from confu.terminal.view import TokenView, first_difference, summary
@@ -84,15 +85,24 @@ def stream_answer(
     return answer
 
 
-def warn_without_effect(terminal: Terminal, decoder: Decoder, sampling: SamplingConfig) -> None:
+def warn_without_effect(terminal: Terminal, decoder: Decoder, sampling: SamplingConfig, tree: TreeOptions) -> None:
     """Say which of the given settings will do nothing here."""
     default = SamplingConfig()
     idle = [name for name in ("top_p", "top_k", "min_p") if getattr(sampling, name) != getattr(default, name)]
     if sampling.temperature == 0 and idle:
         options = " and ".join("--" + name.replace("_", "-") for name in idle)
         terminal.say(f"confu: without effect at temperature 0: {options}")
-    if decoder.tree.contemplate is not None and (decoder.drafter is None or decoder.drafter.contemplation is None):
-        terminal.say("confu: without effect for a draft that does not contemplate: --contemplate")
+    given = [name for name, value in dataclasses.asdict(tree).items() if value is not None]
+    drafter = decoder.drafter
+    if drafter is None:
+        where, idle = "without a draft", given
+    elif drafter.name == LOOKUP:
+        where, idle = "for lookup", [name for name in ("topk", "contemplate") if name in given]
+    else:
+        where, idle = "for a draft that does not contemplate", ["contemplate"] if "contemplate" in given else []
+        idle = idle if drafter.contemplation is None else []
+    if idle:
+        terminal.say(f"confu: without effect {where}: {' and '.join(map(tree_option, idle))}")
 
 
 def _plain(decoder: Decoder) -> Decoder:
@@ -142,7 +152,7 @@ def converse(
     messages, session = list(opening), Session()
     while (line := _next_turn(terminal)) not in (None, "/exit"):
         if line == "/reset":
-            messages, session = list(opening), Session()
+            messages = list(opening)  # the session keeps what the next conversation begins with as well
             terminal.say("forgotten", style="dim")
         elif line:
             messages.append({"role": "user", "content": line})

@@ -186,7 +186,9 @@ def tuning_view(found: Tuning) -> Group:
     tree = found.tree
     con = "" if tree.contemplate is None else f", contemplate {tree.contemplate}"
     chosen = f"chosen: at most {tree.nodes} nodes, depth {tree.depth}, top-k {tree.topk}{con}"
-    return Group(cost_table, Text(""), trials, Text(""), Text(chosen, "bold"))
+    shares = next(trial.conditional_acceptance for trial in reversed(found.trials) if trial.tree == tree)
+    depths = "accepted at depth 1, 2, ... where all above were: " + " ".join(f"{share:.2f}" for share in shares)
+    return Group(cost_table, Text(""), trials, Text(""), Text(depths), Text(chosen, "bold"))
 
 
 def throughput_view(rows: list[Throughput]) -> Table:
