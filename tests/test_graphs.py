@@ -12,7 +12,7 @@ from test_target import check_cache, prefilled, random_prompts, random_trees, ro
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from confu import draft_forward, drafter, graphs, llama
+from confu import draft_forward, drafter, graphs, llama, load, tune
 from confu.assistant import Assistant
 from confu.commands.bench import bench
 from confu.config import ComputeConfig, SamplingConfig, TreeConfig
@@ -208,6 +208,16 @@ def test_a_second_request_records_nothing(model, drafts):
     assert recorded > 0
     assert answers(decoder, PROMPTS[:2]) == first
     assert (num_recorded(target), len(target.forward_rows.recordings.stores)) == (recorded, stores)
+
+
+def test_tuned_trees_are_recorded_before_the_first_answer(model, drafts, monkeypatch):
+    target = graphed(model)
+    decoder = Decoder(target, TreeDrafter(drafts["confu"], target))
+    monkeypatch.setattr(load, "draft_path", lambda name: name)
+    monkeypatch.setattr(tune, "read", lambda folder, decoder: (TREE, FLAT))
+    assert load.use_tuning(decoder, "confu")
+    assert (decoder.tree, decoder.costs) == (TREE, FLAT)
+    assert num_recorded(target) > 3
 
 
 def test_sessions_side_by_side(model, drafts):

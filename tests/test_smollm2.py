@@ -8,6 +8,7 @@ import torch
 
 import confu
 from confu.config import SamplingConfig, TreeConfig
+from confu.linear import quantize
 from confu.load import encode_chat, load_decoder
 from confu.models import DEFAULT_TARGET, load_target_model
 from confu.stats import Stats
@@ -19,11 +20,15 @@ PROMPTS = [
 NEW_TOKENS = 32
 
 
-@pytest.fixture(scope="module")
-def plain():
-    """The oracle: every built-in prompt through the model's own `generate`, one at a time."""
+def plain_answers(texts, quantization=None):
+    """The oracle: every built-in prompt through the model's own `generate`, one at a time. Quantised, its weights are
+    replaced by what they are rounded to."""
     model, tokenizer = load_target_model(DEFAULT_TARGET, dtype=torch.float32, device="cpu")
-    prompts = [encode_chat(tokenizer, [{"role": "user", "content": text}]) for text in PROMPTS]
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    for linear in linears if quantization else ():
+        whole, scales = quantize(linear.weight.detach())
+        linear.weight = torch.nn.Parameter(whole * scales[:, None], requires_grad=False)
+    prompts = [encode_chat(tokenizer, [{"role": "user", "content": text}]) for text in texts]
     answers = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
@@ -32,6 +37,16 @@ def plain():
         )
         answers.append(out[0, len(prompt) :].tolist())
     return prompts, answers
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return plain_answers(PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def plain_int8():
+    return plain_answers(PROMPTS[:3], "int8")
 
 
 @pytest.mark.parametrize(
@@ -44,6 +59,17 @@ def test_greedy_answers_are_the_plain_models(plain, draft, least_tau):
     results = decoder.generate(prompts, SamplingConfig(max_new_tokens=NEW_TOKENS), stats=stats)
     assert [result.token_ids for result in results] == answers
     assert stats.mean_acceptance_length >= least_tau
+
+
+@pytest.mark.parametrize("draft", ["smollm2-135m-eagle3", "smollm2-135m-confu"])
+def test_greedy_answers_with_int8_are_those_of_the_rounded_model(plain, plain_int8, draft):
+    prompts, answers = plain_int8
+    assert answers != plain[1][:3]
+    decoder = load_decoder(draft, dtype="float32", device="cpu", quantization="int8", tree=TreeConfig())
+    stats = Stats()
+    results = decoder.generate(prompts, SamplingConfig(max_new_tokens=NEW_TOKENS), stats=stats)
+    assert [result.token_ids for result in results] == answers
+    assert stats.mean_acceptance_length >= 1.4
 
 
 @pytest.mark.parametrize("draft", ["smollm2-135m-eagle3", "smollm2-135m-confu"])
