@@ -1,6 +1,7 @@
 """confu bench on a tiny target: its rows, its document, resuming, failing, and the sentences for bad input."""
 
 import gzip
+import itertools
 import json
 import shutil
 from collections import Counter
@@ -12,10 +13,11 @@ from tiny_data import byte_tokenizer, taught_target, write_jsonl
 from confu import cli
 from confu.bench import run as bench
 from confu.bench.answers import DecoderEngine
-from confu.bench.methods import Draft, choose_drafts, sweep_trees
+from confu.bench.methods import Draft, Method, choose_drafts, sweep_trees
+from confu.bench.questions import Question
 from confu.bench.results import ResultsWriter, read_results
 from confu.bench.round_costs import ROWS, SHORT, RoundCosts
-from confu.bench.run import cut
+from confu.bench.run import cut, shuffled
 from confu.config import SamplingConfig, TrainConfig, TreeConfig
 from confu.costs import Costs
 from confu.data.corpus import Corpus
@@ -159,17 +161,39 @@ def test_gaps_are_those_of_the_plain_model(measured):
     assert len(plain["top2_gaps"]) == len(plain["token_ids"])
 
 
-def test_methods_take_turns(measured):
+def silent(*names: str) -> list[Method]:
+    class Silent:
+        def answer(self, prompts, sampling):
+            raise NotImplementedError
+
+    return [Method(name, Silent(), {}) for name in names]
+
+
+def test_methods_answer_in_shuffled_order(measured):
+    methods = silent("plain", "lookup", "eagle3", "confu")
     order: dict[str, list[str]] = {}
     for row in rows_of(measured):
         if row["turn"] == 0:
             order.setdefault(row["question"], []).append(row["method"])
-    assert list(order.values()) == [
-        ["plain", "lookup", "eagle3", "confu"],
-        ["lookup", "eagle3", "confu", "plain"],
-        ["eagle3", "confu", "plain", "lookup"],
-        ["confu", "plain", "lookup", "eagle3"],
-    ]
+    for question, names in order.items():
+        again = shuffled(methods, 0, Question(question, "", ()), 0)
+        assert [method.name for method in again] == names
+    assert len({tuple(names) for names in order.values()}) > 1
+    assert shuffled(methods, 0, Question("1", "", ()), 0) != shuffled(methods, 0, Question("1", "", ()), 1)
+
+
+def test_orders_are_balanced_in_every_task():
+    """Six methods, six tasks that take turns: all are first as often, and follow each other as often."""
+    methods, tasks, each = silent(*"abcdef"), 6, 80
+    first, before = Counter(), Counter()
+    for number in range(tasks * each):
+        names = [method.name for method in shuffled(methods, 0, Question(str(number), "", ()), 0)]
+        first[number % tasks, names[0]] += 1
+        before.update(itertools.pairwise(names))
+    assert len(first) == 36
+    assert all(0.4 < count / (each / 6) < 1.9 for count in first.values())
+    assert len(before) == 30
+    assert all(0.7 < count / (tasks * each * 5 / 30) < 1.3 for count in before.values())
 
 
 def test_json_is_one_document(bench_run, measured):

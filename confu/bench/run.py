@@ -1,12 +1,13 @@
 """The measuring loop: every method answers every question, in one process, taking turns; one row an answer.
 
-Which method goes first moves on with every question, so that a machine that drifts treats all alike. In a conversation
-the later turns follow the method's own answers. What the rows mean is in docs/benchmark.md.
+Their order is shuffled anew for every question, so that a machine that drifts treats all alike. In a conversation the
+later turns follow the method's own answers. What the rows mean is in docs/benchmark.md.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import random
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -57,8 +58,7 @@ def run_bench(
         for repeat in range(repeats):
             for number, batch in enumerate(batches):
                 progress("measuring", (repeat * len(suite.questions) + number * size) / total)
-                first = (number + repeat) % len(methods)
-                for method in [*methods[first:], *methods[:first]]:
+                for method in shuffled(methods, config.seed, batch[0], repeat):
                     if not all(results.is_done(question, method.name, repeat) for question in batch):
                         for row in bench.converse(method, batch, repeat):
                             results.write(row)
@@ -92,6 +92,14 @@ def describe(suite: Suite, methods: Sequence[Method], config: BenchConfig, targe
         "commits": [{"commit": commit, "modified": modified}],
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def shuffled(methods: Sequence[Method], seed: int, question: Question, repeat: int) -> list[Method]:
+    """The order in which methods answer a question, the same after an interruption. Tasks take turns, so methods that
+    took turns as well could meet always the same task, or follow always the same method."""
+    order = list(methods)
+    random.Random(f"{seed}/{question.id}/{repeat}").shuffle(order)
+    return order
 
 
 def cut(token_ids: Sequence[int], eos_ids: frozenset[int], limit: int) -> list[int]:
