@@ -384,6 +384,15 @@ def test_other_settings_do_not_mix(bench_run, measured, home, tmp_path):
     assert rows_of(tmp_path / "out") == rows_of(measured)
 
 
+def test_rows_of_unknown_settings_are_left_alone(bench_run, measured, tmp_path):
+    shutil.copytree(measured, tmp_path / "out")
+    (tmp_path / "out" / "run.json").unlink()
+    status, _, err = bench_run("eagle3", "--temperature", "0.5", "-q")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "has results.jsonl, but no run.json that says of what; give another --out." in err
+    assert rows_of(tmp_path / "out") == rows_of(measured)
+
+
 # ---------------------------------------------------------------- names and input
 
 

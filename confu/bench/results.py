@@ -65,9 +65,11 @@ class ResultsWriter:
     """Appends rows to OUT/results.jsonl; knows which were there before."""
 
     def __init__(self, out: Path, run: dict[str, Any]) -> None:
-        """Raises ValueError where ``out`` cannot be written, or was begun with something else than ``run``."""
+        """Raises ValueError where ``out`` cannot be written, or was begun with something else, or who knows what."""
         self.path = out / "results.jsonl"
         try:
+            if not (out / "run.json").exists() and self.path.exists() and self.path.stat().st_size:
+                raise ValueError(f"{out} has results.jsonl, but no run.json that says of what; give another --out.")
             out.mkdir(parents=True, exist_ok=True)
             self.run = _same_run(out / "run.json", run)
             before: list[Row] = []
