@@ -16,7 +16,7 @@ from confu.bench.answers import DecoderEngine
 from confu.bench.methods import Draft, Method, choose_drafts, sweep_trees
 from confu.bench.questions import Question
 from confu.bench.results import ResultsWriter, read_results
-from confu.bench.round_costs import ROWS, SHORT, RoundCosts
+from confu.bench.round_costs import ROWS, SHORT, RoundCosts, pooled
 from confu.bench.run import cut, shuffled
 from confu.config import SamplingConfig, TrainConfig, TreeConfig
 from confu.costs import Costs
@@ -292,6 +292,47 @@ def test_costs_are_sampled_between_the_questions(bench_run, monkeypatch, tmp_pat
     }
     assert all(seconds > 0 for _, _, seconds in costs["target"])
     assert set(costs["rounds"]) == {"plain", "confu"}
+    assert costs["num_samples"] == {"plain": 4, "confu": 4}
+
+
+def test_costs_outlive_interruptions_and_add_up(bench_run, monkeypatch, tmp_path):
+    def costs() -> dict:
+        return json.loads((tmp_path / "out" / "run.json").read_text())["costs"]
+
+    answer, calls = DecoderEngine.answer, []
+
+    def interrupted(self, prompts, sampling):
+        calls.append(1)
+        if len(calls) == 6:  # two for warming up, two a question
+            raise KeyboardInterrupt
+        return answer(self, prompts, sampling)
+
+    argv = ("confu", "--costs", "--methods")
+    with monkeypatch.context() as patch:
+        patch.setattr(DecoderEngine, "answer", interrupted)
+        assert bench_run(*argv, "confu", "--limit", "2")[0] == 130
+    begun = costs()
+    assert begun["num_samples"] == {"plain": 1, "confu": 1}
+    assert bench_run(*argv, "confu", "--limit", "1")[0] == 0
+    assert costs() == begun  # nothing was measured
+    assert bench_run(*argv, "plain", "--limit", "2")[0] == 0
+    assert costs()["num_samples"] == {"plain": 2, "confu": 1}
+    assert costs()["rounds"]["confu"] == begun["rounds"]["confu"]
+
+
+def test_costs_are_means_over_all_samples():
+    part = {"draft": 1.0, "other": 1.0, "walk": 1.0}
+    before = {"target": [[1, 32, 2.0]], "rounds": {"plain": part, "a": part}, "num_samples": {"plain": 3, "a": 3}}
+    part = {"draft": 5.0, "other": 1.0, "walk": 9.0}
+    now = {"target": [(1, 32, 6.0)], "rounds": {"plain": part, "b": part}, "num_samples": {"plain": 1, "b": 1}}
+    found = pooled(before, now)
+    assert found["target"] == [(1, 32, 3.0)]
+    assert found["num_samples"] == {"plain": 4, "a": 3, "b": 1}
+    assert found["rounds"] == {
+        "plain": {"draft": 2.0, "other": 1.0, "walk": 3.0},
+        "a": before["rounds"]["a"],
+        "b": now["rounds"]["b"],
+    }
 
 
 def test_an_answer_that_is_not_the_targets_fails_the_run(bench_run, monkeypatch):
@@ -439,6 +480,7 @@ def test_answers_are_cut_alike():
         (["eagle3", "--sweep", "nodes=0"], "nodes is 0; give 1 or more"),
         (["eagle3", "--repeats", "0"], "--repeats is 0"),
         (["eagle3", "--batch-size", "0"], "batch_size is 0"),
+        (["eagle3", "--costs", "--batch-size", "2"], "--costs are of one question at a time"),
         (["eagle3", "--limit", "0"], "--limit is 0"),
         (["eagle3", "--suite", "nosuch"], "--suite is 'nosuch'"),
         (["eagle3", "--suite", "empty.jsonl"], "holds no question"),

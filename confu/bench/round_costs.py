@@ -35,7 +35,9 @@ class RoundCosts:
     second are tokens over all seconds, slow minutes included."""
 
     @torch.inference_mode()
-    def __init__(self, methods: Sequence[Method]) -> None:
+    def __init__(self, methods: Sequence[Method], before: dict[str, Any] | None = None) -> None:
+        """``before`` is what an earlier call of the same run found."""
+        self._before = before
         constant = [method for method in methods if method.facts["kind"] in (PLAIN, *TRAINED)]
         self._decoders = {m.name: m.engine.decoder for m in constant if isinstance(m.engine, DecoderEngine)}
         self._facts = {method.name: method.facts for method in constant}
@@ -62,14 +64,34 @@ class RoundCosts:
     def found(self) -> dict[str, Any]:
         """``target``: [rows, prefix, seconds] of verification forwards. ``rounds``: what a round takes beyond that with
         the plain target and with each trained draft (how much lookup drafts depends on the text), as ``draft``,
-        ``other`` and ``walk``: the draw, the walk, and what contemplate rows save, which need no logits."""
+        ``other`` and ``walk``: the draw, the walk, and what contemplate rows save, which need no logits. With what was
+        found before, by ``num_samples``."""
         points = [(rows, prefix, mean(seconds)) for (rows, prefix), seconds in self._forwards.items()]
         rounds = {}
         for name, parts in self._rounds.items():
             verify, draft, other = (mean(seconds) for seconds in zip(*parts, strict=True))
             walk = verify - forward_cost(points, rows_of(self._facts[name]), SHORT + TOKENS / 2)
             rounds[name] = {"draft": draft, "other": other, "walk": walk}
-        return {"target": points, "rounds": rounds}
+        counts = {name: len(parts) for name, parts in self._rounds.items()}
+        found = {"target": points, "rounds": rounds, "num_samples": counts}
+        return found if self._before is None else pooled(self._before, found)
+
+
+def pooled(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Means over the samples of both; what only one of them has stays as it is."""
+    counts = before.get("num_samples", {})  # from before they were counted: as of none
+    counts = counts | {name: counts.get(name, 0) + count for name, count in now["num_samples"].items()}
+
+    def mix(name: str, old: float, new: float) -> float:
+        return old + (new - old) * now["num_samples"][name] / counts[name]
+
+    forwards = {(rows, prefix): seconds for rows, prefix, seconds in before["target"]}
+    target = [(*at, mix(PLAIN, forwards.get(tuple(at), seconds), seconds)) for *at, seconds in now["target"]]
+    rounds = dict(before["rounds"])
+    for name, parts in now["rounds"].items():
+        old = rounds.get(name, parts)
+        rounds[name] = {part: mix(name, old[part], seconds) for part, seconds in parts.items()}
+    return {"target": target, "rounds": rounds, "num_samples": counts}
 
 
 def _filled(target: Target, prefix: int) -> KVCache:

@@ -43,7 +43,7 @@ def run_bench(
     progress: Progress = lambda stage, fraction: None,
 ) -> Path:
     """Measure what ``out`` has no row of yet; returns its results.jsonl. ``methods`` begin with the plain target. With
-    ``costs`` what rounds cost is sampled between the questions."""
+    ``costs`` what rounds cost is sampled between the questions that are measured."""
     plain = methods[0].engine
     assert isinstance(plain, DecoderEngine)
     bench = _Bench(plain, config, shown=[question.id for question in suite.questions[:SHOWN]])
@@ -53,19 +53,23 @@ def run_bench(
         progress("warming up", None)
         for method in methods:
             bench.warm_up(method, suite.questions[0])
-        meter = RoundCosts(methods) if costs else None
-        between = max(1, repeats * len(batches) // SAMPLES)
+        meter = RoundCosts(methods, results.run.get("costs")) if costs else None
+        between, num_measured = max(1, repeats * len(batches) // SAMPLES), 0
         for repeat in range(repeats):
             for number, batch in enumerate(batches):
                 progress("measuring", (repeat * len(suite.questions) + number * size) / total)
-                for method in shuffled(methods, config.seed, batch[0], repeat):
-                    if not all(results.is_done(question, method.name, repeat) for question in batch):
-                        for row in bench.converse(method, batch, repeat):
-                            results.write(row)
-                if meter is not None and (repeat * len(batches) + number) % between == 0:
+                missing = [
+                    method
+                    for method in shuffled(methods, config.seed, batch[0], repeat)
+                    if not all(results.is_done(question, method.name, repeat) for question in batch)
+                ]
+                for method in missing:
+                    for row in bench.converse(method, batch, repeat):
+                        results.write(row)
+                if meter is not None and missing and num_measured % between == 0:
                     meter.sample()
-        if meter is not None:
-            results.note_costs(meter.found())
+                    results.note_costs(meter.found())
+                num_measured += bool(missing)
         return results.path
 
 

@@ -80,6 +80,8 @@ def bench(
         raise ValueError(f"--repeats is {repeats}; give 1 or more.")
     if peer and settings.batch_size > 1:
         raise ValueError("Peers answer one question at a time; leave --batch-size at 1, or --peer out.")
+    if costs and settings.batch_size > 1:
+        raise ValueError("--costs are of one question at a time; leave --batch-size at 1, or --costs out.")
     if profile:
         others = {"--peer": peer, "--sweep": sweep, "--costs": costs, "--repeats": repeats > 1}
         if given := [option for option, value in others.items() if value]:
