@@ -485,9 +485,12 @@ def test_answers_are_cut_alike():
         (["eagle3", "--suite", "nosuch"], "--suite is 'nosuch'"),
         (["eagle3", "--suite", "empty.jsonl"], "holds no question"),
         (["eagle3", "--out", "questions.jsonl/x"], "cannot be written"),
+        (["eagle3", "--out", "questions.jsonl/x", "--profile"], "cannot be written"),
     ],
 )
-def test_bad_input_is_one_sentence(capsys, home, argv, sentence):
+def test_bad_input_is_one_sentence(capsys, home, monkeypatch, argv, sentence):
+    """Before the target is loaded."""
+    monkeypatch.setattr("confu.bench.methods.load_target_model", None)
     (home / "empty.jsonl").write_text("")
     options = [] if "--suite" in argv else ["--suite", "questions.jsonl"]
     status = cli.run(["bench", *argv, *options, "-q"])

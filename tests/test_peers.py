@@ -77,6 +77,7 @@ def test_peers_answer_as_we_do(bench_run, tmp_path):  # noqa: F811
     assert document["methods"]["transformers-lookup"]["speedup"] > 0
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["methods"]["transformers-assisted"]["model"] == "target"
+    assert run["methods"]["eagle3-reference"]["sha256"] == run["methods"]["eagle3"]["sha256"]
     assert "left out" not in err
 
 
@@ -169,12 +170,16 @@ def test_what_cannot_run_is_left_out_with_a_sentence(bench_run):  # noqa: F811
     ]
 
 
-def test_unknown_peers_and_batches_are_refused(bench_run):  # noqa: F811
+def test_unknown_peers_and_batches_are_refused(bench_run, monkeypatch):  # noqa: F811
+    """Before the target is loaded."""
+    monkeypatch.setattr("confu.bench.methods.load_target_model", None)
     for argv, sentence in (
         (["--peer", "sglang"], "--peer names 'sglang'; give some of transformers, llama.cpp, vllm, eagle3-reference"),
         (["--peer", "vllm", "--batch-size", "2"], "Peers answer one question at a time"),
+        (["--peer", "vllm", "--peer", "vllm=python"], "Two methods are called vllm; give a peer once"),
+        (["transformers-lookup=eagle3", "--peer", "transformers"], "Two methods are called transformers-lookup; give"),
     ):
-        status, _, err = bench_run("--methods", "lookup", "-q", *argv)
+        status, _, err = bench_run("-q", *argv)
         assert status == 2
         assert sentence in err
 

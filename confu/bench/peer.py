@@ -108,6 +108,18 @@ class PeerEngine:
         return reply
 
 
+def check_peers(given: Sequence[str], drafts: Sequence[Draft]) -> None:
+    """Raises ValueError for a peer that is not known, and for two methods of one name."""
+    peers = [word.partition("=")[0] for word in given]
+    unknown = next((peer for peer in peers if peer not in PEERS), None)
+    if unknown is not None:
+        raise ValueError(f"--peer names {unknown!r}; give some of {', '.join(PEERS)}, as NAME=PYTHON,MODEL.")
+    names = [draft.name for draft in drafts]
+    names += [_method_name(peer, kind) for peer in peers for kind in PEERS[peer][1]]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"Two methods are called {twice}; give a peer once, and name a draft otherwise, as NAME=PATH.")
+
+
 @contextmanager
 def open_peers(
     given: Sequence[str], drafts: Sequence[Draft], target: str, tree: TreeConfig, plain: Method
@@ -116,11 +128,8 @@ def open_peers(
 
     PYTHON is the interpreter of the peer's environment, ours without one. MODEL is the GGUF file of llama.cpp, the
     assistant of transformers, the exported draft of vLLM. ``plain`` is our own plain decoding, whose precision, device
-    and threads they take. Raises ValueError for a peer that is not known.
+    and threads they take. `check_peers` has seen them.
     """
-    unknown = next((word for word in given if word.partition("=")[0] not in PEERS), None)
-    if unknown is not None:
-        raise ValueError(f"--peer names {unknown!r}; give some of {', '.join(PEERS)}, as NAME=PYTHON,MODEL.")
     assert isinstance(plain.engine, DecoderEngine)
     model = plain.engine.decoder.target.model
     settings = {
@@ -131,7 +140,7 @@ def open_peers(
         "device": str(model.device),
         "threads": torch.get_num_threads(),
     }
-    eagle3 = next((draft.path for draft in drafts if draft.kind == "eagle3"), None)
+    eagle3 = next((draft for draft in drafts if draft.kind == "eagle3"), None)
     methods: list[Method] = []
     skipped: list[str] = []
     with ExitStack() as running:
@@ -139,10 +148,10 @@ def open_peers(
             name, _, place = word.partition("=")
             python, _, file = place.partition(",")
             if name == REFERENCE:
-                file = str(draft_path(eagle3)) if eagle3 else ""
+                file = str(draft_path(eagle3.path)) if eagle3 and eagle3.path else ""
             adapter, kinds = PEERS[name]
             for kind in kinds:
-                method = name if kind == "plain" or name == REFERENCE else f"{name}-{kind}"
+                method = _method_name(name, kind)
                 if not file and (name, kind) in NEEDED:
                     skipped.append(f"{method} is left out: it needs {NEEDED[name, kind]}.")
                     continue
@@ -154,6 +163,11 @@ def open_peers(
                 running.callback(engine.close)
                 facts = {"engine": name, "kind": kind, **engine.facts}
                 facts |= {"model": Path(file).name} if (name, kind) in NEEDED else {}
-                facts |= {"tree": settings["tree"]} if name == REFERENCE else {}
+                if name == REFERENCE and eagle3:
+                    facts |= {"tree": settings["tree"], "sha256": eagle3.sha256}
                 methods.append(Method(method, engine, facts))
         yield methods, skipped
+
+
+def _method_name(peer: str, kind: str) -> str:
+    return peer if kind == "plain" or peer == REFERENCE else f"{peer}-{kind}"

@@ -107,12 +107,8 @@ def profile_methods(
 ) -> dict[str, Profile]:
     """Every method's rounds over the questions' first turns, and trace-METHOD.json in ``out``.
 
-    Raises ValueError where ``out`` cannot be written, and for a method whose answers took no round.
+    Raises ValueError for a method whose answers took no round.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{out} cannot be written ({error.strerror}); give another folder with --out.") from None
     sampling = SamplingConfig(config.max_new_tokens, config.temperature, seed=config.seed)
     profiles = {}
     for place, method in enumerate(methods):

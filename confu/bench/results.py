@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from confu.bench.questions import Question
@@ -61,8 +62,18 @@ def read_results(path: Path) -> Results:
     return Results(run, rows)
 
 
+def make_folder(out: Path) -> None:
+    """Raises ValueError where nothing can be written into ``out``."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(f"{out} cannot be written ({error.strerror}); give another folder with --out.") from None
+
+
 class ResultsWriter:
-    """Appends rows to OUT/results.jsonl; knows which were there before."""
+    """Appends rows to OUT/results.jsonl, in a folder that is there; knows which were there before."""
 
     def __init__(self, out: Path, run: dict[str, Any]) -> None:
         """Raises ValueError where ``out`` cannot be written, or was begun with something else, or who knows what."""
@@ -70,7 +81,6 @@ class ResultsWriter:
         try:
             if not (out / "run.json").exists() and self.path.exists() and self.path.stat().st_size:
                 raise ValueError(f"{out} has results.jsonl, but no run.json that says of what; give another --out.")
-            out.mkdir(parents=True, exist_ok=True)
             self.run = _same_run(out / "run.json", run)
             before: list[Row] = []
             if self.path.exists():
@@ -80,7 +90,7 @@ class ResultsWriter:
             self._file = self.path.open("a", encoding="utf-8")
             _write(out / "run.json", self.run)
         except OSError as error:
-            raise ValueError(f"{out} cannot be written ({error.strerror}); give another folder with --out.") from None
+            raise ValueError(f"{self.path} cannot be written ({error.strerror}); give another --out.") from None
         self._done = {key(row) for row in before if row["error"] is None}
 
     def __enter__(self) -> ResultsWriter:

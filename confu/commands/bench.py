@@ -96,13 +96,16 @@ def bench(
     with Stages(terminal) as progress:
         progress.wait("starting")
         from confu.bench.methods import choose_drafts, load_methods, sweep_trees
-        from confu.bench.peer import open_peers
+        from confu.bench.peer import check_peers, open_peers
+        from confu.bench.results import make_folder
         from confu.bench.run import describe, run_bench
 
         wanted = [word.strip() for word in (methods or "").split(",") if word.strip()]
         shape = tree.config()
         trees = sweep_trees(shape, sweep)
         chosen, name = choose_drafts(drafts, wanted, target)
+        check_peers(peer, chosen)
+        make_folder(out)
         tuned = not (tree.given or sweep)
         loaded = load_methods(chosen, name, shape, sweep=trees, tuned=tuned, compute=compute, progress=progress)
         if profile:
