@@ -98,6 +98,19 @@ def test_document_counts_differences():
     assert len(found["differences"]) == 2
 
 
+def test_the_reference_is_held_against_its_own_draft():
+    draft = {"kind": "eagle3", "engine": "confu", "tree": TREE}
+    drafts = {"eagle3": draft | {"sha256": "a"}, "other": draft | {"sha256": "b"}}
+    reference = {"kind": "eagle3", "engine": "eagle3-reference", "tree": TREE}
+    rows = [row(name, "a1", 1.0, [2, 1]) for name in ("plain", *drafts, "eagle3-reference")]
+    for facts, pairs in (
+        (reference | {"sha256": "b"}, ["other / eagle3-reference"]),
+        (reference, ["eagle3 / eagle3-reference", "other / eagle3-reference"]),  # a run that does not tell
+    ):
+        run = results(rows, **drafts, **{"eagle3-reference": facts})
+        assert list(find(run, {}).tau_ratios) == pairs
+
+
 def test_sweep_draws_speed_over_the_setting_of_most_values():
     def swept(nodes: int, contemplate: int) -> dict:
         tree = TREE | {"nodes": nodes, "contemplate": contemplate}

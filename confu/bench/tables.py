@@ -277,7 +277,9 @@ def _tau_ratios(results: Results) -> dict[str, tuple[float, Interval]]:
     found = {}
     for mine, theirs in itertools.permutations(facts, 2):
         kinds = facts[mine]["kind"], facts[theirs]["kind"], facts[theirs]["engine"]
-        pair = kinds in (("confu", "eagle3", OURS), ("eagle3", "eagle3", REFERENCE))
+        weights = facts[mine].get("sha256")
+        same_draft = kinds == ("eagle3", "eagle3", REFERENCE) and facts[theirs].get("sha256", weights) == weights
+        pair = same_draft or kinds == ("confu", "eagle3", OURS)
         if pair and _same_tree(facts[mine], facts[theirs]) and (ratio := tau_ratio(results, mine, theirs)):
             found[f"{mine} / {theirs}"] = ratio
     return found
