@@ -363,9 +363,13 @@ def test_a_failed_question_is_marked_and_tried_again(bench_run, monkeypatch, tmp
         return generate(self, prompts, sampling)
 
     monkeypatch.setattr(DecoderEngine, "answer", fail)
-    status, out, _ = bench_run("--methods", "lookup", "--json")
+    status, out, err = bench_run("--methods", "lookup", "--json")
     assert status == 0
     assert json.loads(out)["methods"]["lookup"]["num_failed"] == 2  # and what would have followed
+    sentence = "lookup: 2 of 5 answers failed (the first: RuntimeError: out of memory)."
+    assert json.loads(out)["errors"] == [sentence]
+    assert f"confu: {sentence}\n" in err
+    assert sentence in (tmp_path / "out" / "report.md").read_text()
     failed = [row for row in rows_of(tmp_path / "out") if row["error"]]
     assert [(row["question"], row["turn"], row["error"]) for row in failed] == [
         ("2", 0, "RuntimeError: out of memory"),
@@ -375,6 +379,24 @@ def test_a_failed_question_is_marked_and_tried_again(bench_run, monkeypatch, tmp
     _, out, _ = bench_run("--methods", "lookup", "--json")
     assert json.loads(out)["methods"]["lookup"]["num_failed"] == 0
     assert len(rows_of(tmp_path / "out")) == 2 * NUM_ANSWERS + 2
+
+
+def test_a_method_without_an_answer_fails_the_run(bench_run, monkeypatch, tmp_path):
+    answer = DecoderEngine.answer
+
+    def fail(self, prompts, sampling):
+        if self.decoder.drafter is not None:
+            raise RuntimeError("out of memory " + "and more " * 99)
+        return answer(self, prompts, sampling)
+
+    monkeypatch.setattr(DecoderEngine, "answer", fail)
+    status, _, err = bench_run("--methods", "lookup", "--limit", "1")
+    assert status == 1
+    (said,) = [line for line in err.splitlines() if "lookup: 1 of 1 answers failed" in line]
+    assert "(the first: RuntimeError: out of memory and more" in said
+    assert said.endswith(" …).")
+    assert len(said) < 300
+    assert "lookup: 1 of 1 answers failed" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 def test_an_interrupted_run_goes_on(bench_run, monkeypatch, tmp_path):

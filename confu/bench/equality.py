@@ -7,6 +7,7 @@ rounding decides, is told from a mistake where another answer first differs.
 from __future__ import annotations
 
 import random
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from confu.terminal.view import first_difference
 ROUNDING_GAP = 1e-3  # float32 logits of two computation orders differ by less
 SMALLEST_P = 1e-3
 PERMUTATIONS, ENOUGH = 2000, 20
+REASON = 160  # characters of an error
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,22 @@ def compare(results: Results) -> dict[str, Comparison]:
     return {name: _compare_greedy(results.rows, name, plain) for name in results.run["methods"]}
 
 
+def unanswered(results: Results, *, all_of_them: bool) -> list[str]:
+    """The first reason of each method that failed at all of its answers, or else at some."""
+    sentences = []
+    for name in results.run["methods"]:
+        errors = [row["error"] for row in results.rows if row["method"] == name]
+        reasons = [error for error in errors if error is not None]
+        if reasons and (len(reasons) == len(errors)) == all_of_them:
+            first = textwrap.shorten(reasons[0], REASON, placeholder=" …")
+            sentences.append(f"{name}: {len(reasons)} of {len(errors)} answers failed (the first: {first}).")
+    return sentences
+
+
 def failures(results: Results, compared: dict[str, Comparison]) -> list[str]:
     """Why a run has failed, one sentence for each method; empty for a good one. Peers compute otherwise: they may
     differ. So may bfloat16, where neighbouring logits are further apart than any rounding bound."""
-    sentences = []
+    sentences = unanswered(results, all_of_them=True)
     for name, found in compared.items():
         if results.run["methods"][name]["engine"] != OURS:
             continue

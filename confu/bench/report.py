@@ -99,7 +99,7 @@ def _verdicts(findings: Findings) -> list[str]:
                 f"{differ:,} of {compared:,} answers part from the plain target's in {run['dtype']} "
                 f"({differ / compared:.0%}), where trees and single tokens round differently."
             )
-    return sentences + ratio_lines(findings)
+    return sentences + findings.errors + ratio_lines(findings)
 
 
 def _answers(findings: Findings) -> Iterator[str]:

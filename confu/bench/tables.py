@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from confu.bench.equality import Comparison, Difference, failures
+from confu.bench.equality import Comparison, Difference, failures, unanswered
 from confu.bench.metrics import Interval, Summary, speed_ratio, summarise, tasks_of, tau_ratio
 from confu.bench.results import OURS, PLAIN, REFERENCE, Results
 from confu.pages.page import NONE, number
@@ -45,6 +45,8 @@ class Findings:
     by_task: dict[str, dict[str, Summary]]
     compared: dict[str, Comparison]
     failures: list[str]
+    errors: list[str]
+    """Why answers failed, of the methods that have others."""
     tau_ratios: dict[str, tuple[float, Interval]]
     """By the same tree, under "method / method": ConFu's tau over EAGLE-3's, and ours over the reference's."""
     speed_ratios: dict[str, dict[str, tuple[float, Interval]]]
@@ -67,6 +69,7 @@ def find(results: Results, compared: dict[str, Comparison]) -> Findings:
         by_task={task: summarise(results, task) for task in tasks_of(results)},
         compared=compared,
         failures=failures(results, compared),
+        errors=unanswered(results, all_of_them=False),
         tau_ratios=_tau_ratios(results),
         speed_ratios=_speed_ratios(results),
     )
@@ -100,6 +103,7 @@ def document(findings: Findings) -> dict[str, Any]:
         },
         "differences": [{k: v for k, v in one.items() if k not in ("text", "plain_text")} for one in differences],
         "failures": findings.failures,
+        "errors": findings.errors,
     }
 
 

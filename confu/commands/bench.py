@@ -128,7 +128,7 @@ def bench(
 
 
 def show_results(terminal: Terminal, path: Path, out: Path) -> bool:
-    """The report into ``out``, the table or the document on stdout; whether all answers are the target's."""
+    """The report into ``out``, the table or the document on stdout; whether all methods gave the target's answers."""
     from confu.bench.equality import compare
     from confu.bench.report import write_report
     from confu.bench.results import read_results
@@ -144,7 +144,7 @@ def show_results(terminal: Terminal, path: Path, out: Path) -> bool:
         for line in (*ratio_lines(findings), conditions(results)):
             terminal.say(line, style="dim")
         terminal.write(f"{report}\n")
-    for sentence in findings.failures:
+    for sentence in findings.failures + findings.errors:
         terminal.complain(sentence)
     return not findings.failures
 
