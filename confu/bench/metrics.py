@@ -52,7 +52,7 @@ class Summary:
     """Tokens per second over the baseline's, on the answers that both have."""
     speedup_interval: Interval
     speedup_mean: float | None
-    """Spec-Bench's: the same of the means over questions."""
+    """Spec-Bench's: the same of the means over questions, on the same answers."""
     mean_acceptance_length: float | None
     """tau: tokens per round, bonus token included, pooled over rounds. None where an engine does not tell."""
     mean_acceptance_length_interval: Interval
