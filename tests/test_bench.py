@@ -434,6 +434,14 @@ def test_a_run_can_grow_by_questions_methods_and_repeats(bench_run, tmp_path):
     assert (list(run["methods"]), run["repeats"]) == (["plain", "lookup", "eagle3"], 2)
 
 
+def test_a_run_keeps_the_date_it_was_begun(tmp_path):
+    settings = {"methods": {}, "num_questions": 1, "repeats": 1, "commits": []}
+    for day, begun in ((1, None), (2, "2026-01-01"), (3, "2026-01-01")):
+        with ResultsWriter(tmp_path, settings | {"date": f"2026-01-0{day}"}) as writer:
+            assert writer.run.get("begun") == begun
+            assert writer.run["date"] == f"2026-01-0{day}"
+
+
 def test_other_settings_do_not_mix(bench_run, measured, home, tmp_path):
     shutil.copytree(measured, tmp_path / "out")
     for argv, sentence in (

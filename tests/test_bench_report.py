@@ -12,7 +12,7 @@ from test_report import SVG, Page
 from confu.bench.charts import draw
 from confu.bench.equality import compare
 from confu.bench.report import write_report
-from confu.bench.tables import document, find
+from confu.bench.tables import conditions, document, find
 from confu.pages.chart import Bars, bar_chart
 
 PIECES = [
@@ -87,6 +87,15 @@ def test_good_runs_say_so(tmp_path):
         run = results(rows, **options)
         write_report(find(run, compare(run)), tmp_path)
         assert sentence in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_every_commit_and_the_dates_are_named():
+    run = results([row("plain", "a1", 1.0, [1])])
+    assert conditions(run).endswith("transformers 0, version 0, 2026-01-01.")
+    run.run["commits"] = [{"commit": letter * 40, "modified": letter == "b"} for letter in "ab"]
+    assert conditions(run).endswith("commits aaaaaaaaaa, bbbbbbbbbb (modified), 2026-01-01.")
+    run.run["begun"] = "2025-12-31"
+    assert conditions(run).endswith("(modified), 2025-12-31 to 2026-01-01.")
 
 
 def test_document_counts_differences():

@@ -20,7 +20,7 @@ SCHEMA_VERSION = 1
 PLAIN = "plain"  # the method that all others are held against
 OURS = "confu"  # the engine, beside those of peers
 REFERENCE = "eagle3-reference"  # the peer that says nothing about speed
-GROWING = ("methods", "num_questions", "repeats", "commits", "costs", "date")
+GROWING = ("methods", "num_questions", "repeats", "commits", "costs", "begun", "date")
 """What a later call may add to in run.json; all else must stay as it was begun."""
 
 Row = dict[str, Any]
@@ -138,6 +138,7 @@ def _same_run(path: Path, run: dict[str, Any]) -> dict[str, Any]:
     run = {"costs": begun.get("costs")} | run
     run["methods"] = begun["methods"] | run["methods"]
     run["commits"] = [*begun["commits"], *(commit for commit in run["commits"] if commit not in begun["commits"])]
+    run["begun"] = begun.get("begun", begun["date"])
     run["num_questions"] = max(begun["num_questions"], run["num_questions"])
     run["repeats"] = max(begun["repeats"], run["repeats"])
     return run

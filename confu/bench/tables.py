@@ -216,7 +216,7 @@ def ratio_lines(findings: Findings) -> list[str]:
 def conditions(results: Results) -> str:
     """One sentence: how and on what it was measured."""
     run = results.run
-    machine, commit = run["machine"], run["commits"][-1]
+    machine = run["machine"]
     trees = [facts for facts in run["methods"].values() if "tree" in facts]
     shapes = {tuple(facts["tree"][field] for field in SHAPE) for facts in trees if "costs" not in facts}
     tree = "adaptive trees, " if any("costs" in facts for facts in trees) else ""
@@ -228,15 +228,25 @@ def conditions(results: Results) -> str:
     rounded += ", compiled" if run.get("compile") else ""
     repeats = f", {run['repeats']} repeats" if run["repeats"] > 1 else ""
     turns = len({(row["question"], row["turn"]) for row in results.rows})
-    version = f"commit {commit['commit'][:10]}" if commit["commit"] else f"version {machine['confu']}"
+    dates = dict.fromkeys([run.get("begun", run["date"]), run["date"]])
     return (
         f"{len({row['question'] for row in results.rows})} questions ({turns} turns) of {run['suite']}{repeats}, "
         f"{run['target']} in {run['dtype']}{rounded}, temperature {run['temperature']:g}, at most "
         f"{run['max_new_tokens']} new tokens, {tree}batch {run['batch_size']}, seed {run['seed']}; "
         f"{machine['cpu']}, {machine['threads']} threads, {run['device']}, torch {machine['torch']}, "
-        f"transformers {machine['transformers']}, {version}{' (modified)' if commit['modified'] else ''}, "
-        f"{run['date']}."
+        f"transformers {machine['transformers']}, {_versions(run)}, {' to '.join(dates)}."
     )
+
+
+def _versions(run: dict[str, Any]) -> str:
+    """Every commit that measured a part of it."""
+    commits = [
+        f"{one['commit'][:10] if one['commit'] else 'version ' + run['machine']['confu']}"
+        f"{' (modified)' if one['modified'] else ''}"
+        for one in run["commits"]
+    ]
+    kind = ("commits " if len(commits) > 1 else "commit ") if run["commits"][0]["commit"] else ""
+    return kind + ", ".join(commits)
 
 
 def equality_header(results: Results) -> str:
