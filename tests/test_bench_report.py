@@ -121,11 +121,12 @@ def test_the_reference_is_held_against_its_own_draft():
 
 
 def test_sweep_draws_speed_over_the_setting_of_most_values():
-    def swept(nodes: int, contemplate: int) -> dict:
+    def swept(nodes: int, contemplate: int | None) -> dict:
         tree = TREE | {"nodes": nodes, "contemplate": contemplate}
         return {"kind": "confu", "engine": "confu", "tree": tree, "swept": "confu"}
 
     points = {f"n{n} c{c}": swept(n, c) for n in (4, 8, 16) for c in (0, 2)}
+    points |= {f"e{n}": swept(n, None) | {"kind": "eagle3", "swept": "eagle3"} for n in (4, 8)}
     rows = [row("plain", "a1", 8.0, [1] * 7)]
     rows += [row(name, "a1", 64 / facts["tree"]["nodes"], [4, 3]) for name, facts in points.items()]
     run = results(rows, **points)
@@ -135,6 +136,7 @@ def test_sweep_draws_speed_over_the_setting_of_most_values():
     assert [t.text for t in speed.findall(".//svg:text", SVG) if t.get("class") is None] == [
         "confu contemplate=0",
         "confu contemplate=2",
+        "eagle3",
     ]
     assert "from 0.5 at 4 to 2 at 16" in speed.find("svg:desc", SVG).text
     shown = ET.fromstring(charts["speedup"]).find("svg:desc", SVG).text

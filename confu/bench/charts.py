@@ -93,7 +93,8 @@ def _sweep_charts(findings: Findings) -> dict[str, str]:
     lines: dict[str, list[str]] = {}
     for name, tree in trees.items():
         if tree[axis] is not None:
-            line = " ".join([methods[name]["swept"], *(f"{field}={tree[field]}" for field in others)])
+            settings = [f"{field}={tree[field]}" for field in others if tree[field] is not None]
+            line = " ".join([methods[name]["swept"], *settings])
             lines.setdefault(line, []).append(name)
     charts = {}
     for field, title, _ in FIELDS:
