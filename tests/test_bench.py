@@ -486,8 +486,9 @@ def test_drafts_are_called_by_name_or_kind(home):
 
 def test_sweep_is_all_combinations():
     base = TreeConfig(depth=5)
-    assert sweep_trees(base, []) == []
-    assert sweep_trees(base, ["nodes=8,16", "contemplate=0,4"]) == [
+    drafts = [Draft("mine", "confu", "confu")]
+    assert sweep_trees(base, [], drafts) == []
+    assert sweep_trees(base, ["nodes=8,16", "contemplate=0,4"], drafts) == [
         TreeConfig(nodes=n, depth=5, contemplate=c) for n in (8, 16) for c in (0, 4)
     ]
 
@@ -508,6 +509,8 @@ def test_answers_are_cut_alike():
         (["eagle3", "--sweep", "nods=3"], "--sweep 'nods=3' is no axis"),
         (["eagle3", "--sweep", "nodes=3", "nodes=4"], "at most once"),
         (["eagle3", "--sweep", "nodes=0"], "nodes is 0; give 1 or more"),
+        (["--sweep", "nodes=4,8"], "--sweep 'nodes=4,8' changes none of the methods; name a draft, or leave it out."),
+        (["eagle3", "--sweep", "nodes=4,8", "contemplate=0,4"], "changes none of the methods; name a confu draft"),
         (["eagle3", "--repeats", "0"], "--repeats is 0"),
         (["eagle3", "--batch-size", "0"], "batch_size is 0"),
         (["eagle3", "--costs", "--batch-size", "2"], "--costs are of one question at a time"),

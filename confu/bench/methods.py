@@ -22,6 +22,7 @@ from confu.load import LOOKUP, find_device, find_dtype, is_untrained, join, pack
 from confu.models import DEFAULT_TARGET, SHIPPED_DRAFTS, Progress, draft_path, load_target_model
 
 TRAINED = ("eagle3", "confu")
+SWEPT = ("draft-model", *TRAINED)
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def load_methods(
             methods.append(Method(draft.name, DecoderEngine(decoder), facts))
             continue
         contemplates = decoder.drafter is not None and decoder.drafter.contemplation is not None
-        trees = sweep if sweep and draft.kind not in (PLAIN, LOOKUP) else [tree]
+        trees = sweep if sweep and draft.kind in SWEPT else [tree]
         if not contemplates:
             trees = list(dict.fromkeys(dataclasses.replace(one, contemplate=None) for one in trees))
         for one in trees:
@@ -138,9 +139,9 @@ def _facts(draft: Draft, tree: TreeConfig) -> dict[str, Any]:
     return facts | ({"tree": dataclasses.asdict(tree)} if draft.kind != PLAIN else {})
 
 
-def sweep_trees(base: TreeConfig, axes: Sequence[str]) -> list[TreeConfig]:
+def sweep_trees(base: TreeConfig, axes: Sequence[str], drafts: Sequence[Draft]) -> list[TreeConfig]:
     """All combinations of ``nodes=8,16`` ``contemplate=0,4`` ..., what is not named as in ``base``; none without
-    axes."""
+    axes. Raises ValueError for an axis that is none, or that changes none of the drafts."""
     values: dict[str, list[int]] = {}
     for axis in axes:
         name, _, numbers = axis.partition("=")
@@ -149,6 +150,9 @@ def sweep_trees(base: TreeConfig, axes: Sequence[str]) -> list[TreeConfig]:
             raise ValueError(
                 f"--sweep {axis!r} is no axis; give each of {', '.join(SWEEPABLE)} at most once, as nodes=8,16,30."
             )
+        if not any(draft.kind in (("confu",) if name == "contemplate" else SWEPT) for draft in drafts):
+            needed = "a confu draft" if name == "contemplate" else "a draft"
+            raise ValueError(f"--sweep {axis!r} changes none of the methods; name {needed}, or leave it out.")
         values[name] = [int(part) for part in parts]
     points = itertools.product(*values.values()) if values else ()
     return [dataclasses.replace(base, **dict(zip(values, point, strict=True))) for point in points]

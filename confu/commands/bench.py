@@ -102,8 +102,8 @@ def bench(
 
         wanted = [word.strip() for word in (methods or "").split(",") if word.strip()]
         shape = tree.config()
-        trees = sweep_trees(shape, sweep)
         chosen, name = choose_drafts(drafts, wanted, target)
+        trees = sweep_trees(shape, sweep, chosen)
         check_peers(peer, chosen)
         make_folder(out)
         tuned = not (tree.given or sweep)
