@@ -90,7 +90,7 @@ def bench(
             raise ValueError(
                 "--profile times the parts of a forward, which a CUDA graph runs as one; leave out --compile."
             )
-        limit = limit or PROFILED
+        limit = PROFILED if limit is None else limit
     terminal = output.terminal()
     found = load_suite(suite, questions, limit)
     with Stages(terminal) as progress:
