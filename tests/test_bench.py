@@ -434,8 +434,8 @@ def test_a_run_can_grow_by_questions_methods_and_repeats(bench_run, tmp_path):
     assert (list(run["methods"]), run["repeats"]) == (["plain", "lookup", "eagle3"], 2)
 
 
-def test_a_run_keeps_the_date_it_was_begun(tmp_path):
-    settings = {"methods": {}, "num_questions": 1, "repeats": 1, "commits": []}
+def test_a_run_keeps_the_date_it_was_begun(measured, tmp_path):
+    settings = json.loads((measured / "run.json").read_text())
     for day, begun in ((1, None), (2, "2026-01-01"), (3, "2026-01-01")):
         with ResultsWriter(tmp_path, settings | {"date": f"2026-01-0{day}"}) as writer:
             assert writer.run.get("begun") == begun
@@ -515,6 +515,7 @@ def test_answers_are_cut_alike():
         (["eagle3", "--batch-size", "0"], "batch_size is 0"),
         (["eagle3", "--costs", "--batch-size", "2"], "--costs are of one question at a time"),
         (["eagle3", "--limit", "0"], "--limit is 0"),
+        (["eagle3", "--limit", "0", "--profile"], "--limit is 0"),
         (["eagle3", "--suite", "nosuch"], "--suite is 'nosuch'"),
         (["eagle3", "--suite", "empty.jsonl"], "holds no question"),
         (["eagle3", "--out", "questions.jsonl/x"], "cannot be written"),
@@ -535,6 +536,8 @@ def test_bad_input_is_one_sentence(capsys, home, monkeypatch, argv, sentence):
 
 
 def test_bad_results_are_one_sentence(measured, tmp_path):
+    half = {"schema_version": 1, "question": "1", "task": "a", "turn": 0, "method": "nosuch", "repeat": 0}
+
     def broken(name: str, **files: str):
         folder = tmp_path / name
         shutil.copytree(measured, folder)
@@ -545,7 +548,11 @@ def test_bad_results_are_one_sentence(measured, tmp_path):
     for path, sentence in (
         (tmp_path / "results.jsonl", "give the results.jsonl of `confu bench`"),
         (broken("old", run_json='{"schema_version": 0}'), "has schema_version 0, but this version reads 1"),
+        (broken("bare", run_json='{"schema_version": 1}'), "run.json has no suite, target, dtype, .* date; give a folder"),
         (broken("none", run_json="{"), "cannot be read"),
+        (broken("half", results_jsonl=f"{json.dumps(half)}\n"), "line 1 is no row of a benchmark"),
+        (broken("bare_row", results_jsonl=f"{json.dumps(half | {'error': None})}\n"), "line 1 is no row of a benchmark"),
+        (broken("failed", results_jsonl=f"{json.dumps(half | {'error': 'x'})}\n"), "has rows of nosuch, which run.json"),
         (broken("empty", results_jsonl=""), "holds no row yet"),
         (broken("other", results_jsonl='{"schema_version": 1}\n'), "line 1 is no row of a benchmark"),
         (broken("newer", results_jsonl='{"schema_version": 2}\n'), "has schema_version 2"),

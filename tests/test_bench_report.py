@@ -66,6 +66,12 @@ def test_page_and_markdown_show_the_same_numbers(tmp_path):
     assert "eagle3: 1 answers differ from the plain target&#x27;s beyond rounding" in text
 
 
+def test_a_page_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(ValueError, match=r"report.html cannot be written \(Is a directory\); give another folder"):
+        write_report(made(), tmp_path)
+
+
 def test_tokens_and_differences_are_shown_escaped(tmp_path):
     text = write_report(made(), tmp_path).read_text(encoding="utf-8")
     assert '<span class="accepted"> &lt;sky&gt;</span>' in text

@@ -9,7 +9,7 @@ from typing import Any
 
 from confu.bench.charts import draw
 from confu.bench.equality import Difference
-from confu.bench.results import OURS, PLAIN
+from confu.bench.results import OURS, PLAIN, cannot_write, make_folder
 from confu.bench.simulate import elsewhere_table, prediction_table
 from confu.bench.tables import (
     Findings,
@@ -33,12 +33,14 @@ CONTEXT, CONTINUATION = 60, 240  # characters shown before and behind the place 
 
 
 def write_report(findings: Findings, out: Path) -> Path:
-    """Write both files into ``out``; returns the page."""
-    out.mkdir(parents=True, exist_ok=True)
-    html = out / "report.html"
-    html.write_text(_page(findings), encoding="utf-8")
-    (out / "report.md").write_text(_markdown(findings), encoding="utf-8")
-    return html
+    """Write both files into ``out``; returns the page. Raises ValueError where they cannot be written."""
+    make_folder(out)
+    for name, text in (("report.html", _page(findings)), ("report.md", _markdown(findings))):
+        try:
+            (out / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise cannot_write(out / name, error) from None
+    return out / "report.html"
 
 
 def _tables(findings: Findings) -> Iterator[Table]:

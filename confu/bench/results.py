@@ -22,6 +22,12 @@ OURS = "confu"  # the engine, beside those of peers
 REFERENCE = "eagle3-reference"  # the peer that says nothing about speed
 GROWING = ("methods", "num_questions", "repeats", "commits", "costs", "begun", "date")
 """What a later call may add to in run.json; all else must stay as it was begun."""
+SETTINGS = ("suite", "target", "dtype", "device", "temperature", "max_new_tokens", "batch_size", "seed", "num_questions",
+            "repeats", "methods", "machine", "commits", "date")  # fmt: skip
+"""What run.json always holds."""
+MEASURED = ("prompt_tokens", "num_tokens", "token_ids", "text", "round_lengths", "round_accepted", "peak_bytes",
+            "wall_seconds", "prefill_seconds", "target_seconds", "draft_seconds")  # fmt: skip
+"""What a row holds beside its key, task and error, if it has an answer."""
 
 Row = dict[str, Any]
 Key = tuple[str, int, str, int]
@@ -55,10 +61,12 @@ def read_results(path: Path) -> Results:
         raise ValueError(
             f"{path} and the run.json beside it cannot be read ({reason}); give the results.jsonl of `confu bench`."
         ) from None
-    _check_schema(path.parent / "run.json", run)
+    _check_run(path.parent / "run.json", run)
     rows, _ = _parse(path, data)
     if not rows:
         raise ValueError(f"{path} holds no row yet; the first comes with the first answer.")
+    if unknown := next((row["method"] for row in rows if row["method"] not in run["methods"]), None):
+        raise ValueError(f"{path} has rows of {unknown}, which run.json beside it does not; give the two of one run.")
     return Results(run, rows)
 
 
@@ -69,7 +77,11 @@ def make_folder(out: Path) -> None:
         with TemporaryFile(dir=out):
             pass
     except OSError as error:
-        raise ValueError(f"{out} cannot be written ({error.strerror}); give another folder with --out.") from None
+        raise cannot_write(out, error) from None
+
+
+def cannot_write(path: Path, error: OSError) -> ValueError:
+    return ValueError(f"{path} cannot be written ({error.strerror}); give another folder with --out.")
 
 
 class ResultsWriter:
@@ -90,7 +102,7 @@ class ResultsWriter:
             self._file = self.path.open("a", encoding="utf-8")
             _write(out / "run.json", self.run)
         except OSError as error:
-            raise ValueError(f"{self.path} cannot be written ({error.strerror}); give another --out.") from None
+            raise cannot_write(self.path, error) from None
         self._done = {key(row) for row in before if row["error"] is None}
 
     def __enter__(self) -> ResultsWriter:
@@ -121,7 +133,7 @@ def _same_run(path: Path, run: dict[str, Any]) -> dict[str, Any]:
         begun = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise ValueError(f"{path} is not valid JSON; give another folder with --out.") from None
-    _check_schema(path, begun)
+    _check_run(path, begun)
     begun.setdefault("compile", False)  # from before there was a choice
     for name in run:
         if name not in GROWING and begun.get(name) != run[name]:
@@ -161,6 +173,12 @@ def _check_schema(path: Path, run: Any) -> None:
         )
 
 
+def _check_run(path: Path, run: Any) -> None:
+    _check_schema(path, run)
+    if missing := [name for name in SETTINGS if name not in run]:
+        raise ValueError(f"{path} has no {', '.join(missing)}; give a folder as `confu bench` left it.")
+
+
 def _parse(path: Path, data: bytes) -> tuple[list[Row], int]:
     """The rows, the last of each answer, and how many bytes are whole lines."""
     rows: dict[Key, Row] = {}
@@ -172,6 +190,8 @@ def _parse(path: Path, data: bytes) -> tuple[list[Row], int]:
             row = json.loads(line)
             _check_schema(path, row)
             rows[key(row)] = row
+            for name in ("task", *(MEASURED if row["error"] is None else ())):
+                row[name]
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError):
             raise ValueError(f"{path}, line {number} is no row of a benchmark; remove that line.") from None
         num_whole_bytes += len(line)
