@@ -173,6 +173,27 @@ def test_profile_is_one_document(capsys, tmp_path):
     assert not (tmp_path / "out" / "results.jsonl").exists(), "nothing was measured"
 
 
+def test_whole_answers_come_before_the_first_that_is_timed(capsys, monkeypatch, tmp_path):
+    events = []
+    generate, add = Decoder.generate, profile._Rounds.add
+    monkeypatch.setattr(
+        Decoder,
+        "generate",
+        lambda self, prompts, sampling: (events.append((prompts, sampling)), generate(self, prompts, sampling))[1],
+    )
+    monkeypatch.setattr(
+        profile._Rounds,
+        "add",
+        lambda self, decoder, prompts, sampling, clock: (
+            events.append((prompts, sampling)),
+            add(self, decoder, prompts, sampling, clock),
+        )[1],
+    )
+    assert profile_run(capsys, tmp_path / "out", "--methods", "plain", "--limit", "1")[0] == 0
+    warm_up, *timed = events
+    assert timed == [warm_up, warm_up]
+
+
 def test_profile_table_for_people(capsys, tmp_path):
     began = time.perf_counter()
     argv = ("mine/x=confu", "--methods", "mine/x", "--limit", "2", "--batch-size", "2", "--temperature", "1")

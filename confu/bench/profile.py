@@ -26,7 +26,7 @@ from confu.attention import Attention
 from confu.bench.answers import DecoderEngine
 from confu.bench.methods import Method
 from confu.bench.questions import Suite
-from confu.bench.run import WARM_UP, prompt_ids
+from confu.bench.run import prompt_ids
 from confu.bench.tables import Table
 from confu.cache import KVCache
 from confu.config import BenchConfig, SamplingConfig
@@ -117,7 +117,7 @@ def profile_methods(
         assert decoder.tokenizer is not None
         prompts = [prompt_ids(decoder.tokenizer, question, []) for question in suite.questions]
         batches = [prompts[first : first + size] for first in range(0, len(prompts), size)]
-        decoder.generate(batches[0], SamplingConfig(WARM_UP, config.temperature))
+        decoder.generate(batches[0], sampling)  # trees of all sizes prepare what they need, before either is timed
         bare, clocked, clock = _Rounds(), _Rounds(), Clock(decoder.target.device)
         for number_done, batch in enumerate(batches):
             progress(f"profiling {method.name}", (place + number_done / len(batches)) / len(methods))
