@@ -51,13 +51,14 @@ def test_a_task_is_spread_over_the_file(tmp_path):
         ('{"turns": ["a"]}\n{"turns": []}\n', "line 2 is no question"),
         ('{"turns": ["a"]}\n\n[1]\n', "line 3 is no question"),
         ('{"turns": ["a", " "]}\n', "line 1 is no question"),
-        ('{"turns": ["a"]}\n{"turns"\n', "line 2 is not JSON"),
+        ('{"turns": ["a"]}\n{"turns"\n', r"line 2 is not JSON: Expecting ':' delimiter \(column 10\); mend"),
+        ('{"turns": ["a"]}\n\udcff\n', "line 2 is not UTF-8 text; give a JSONL file in UTF-8"),
         ('{"id": 1, "prompt": "a"}\n{"id": "1", "prompt": "b"}\n', "two questions of id 1"),
     ],
 )
 def test_bad_files_are_named_with_their_line(tmp_path, content, sentence):
     path = tmp_path / "bad.jsonl"
-    path.write_text(content)
+    path.write_text(content, errors="surrogateescape")
     with pytest.raises(ValueError, match=sentence) as found:
         load_suite(str(path))
     assert str(path) in str(found.value)
@@ -66,7 +67,7 @@ def test_bad_files_are_named_with_their_line(tmp_path, content, sentence):
 def test_bad_suites_are_refused(spec_bench, tmp_path):
     for arguments, sentence in (
         (("mt-bench",), "--suite is 'mt-bench'; give spec-bench or a file"),
-        ((str(tmp_path / "none.jsonl"),), "No data file at"),
+        ((str(tmp_path / "none.jsonl"),), r"No data file at .* \(No such file.*\); give the path of a JSONL file\."),
         ((str(spec_bench), spec_bench), "leave it out beside"),
         (("spec-bench", spec_bench, 0), "--limit is 0"),
     ):

@@ -87,16 +87,18 @@ def _size(path: Path) -> int:
         with path.open("rb"):
             return path.stat().st_size
     except OSError as error:
-        raise ValueError(f"No data file at {path} ({error.strerror}); give the path of a chat JSONL file.") from None
+        raise ValueError(f"No data file at {path} ({error.strerror}); give the path of a JSONL file.") from None
 
 
 def _parse(line: bytes, source: str, number: int) -> Any:
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
-        raise ValueError(f"{source} is not UTF-8 text (line {number}); give a chat JSONL file in UTF-8.") from None
+        raise ValueError(f"{source}, line {number} is not UTF-8 text; give a JSONL file in UTF-8.") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{source}, line {number} is not JSON: {error}.") from None
+        raise ValueError(
+            f"{source}, line {number} is not JSON: {error.msg} (column {error.pos + 1}); mend or remove that line."
+        ) from None
 
 
 def _stream_from_hub(source: str) -> Iterator[Any]:
