@@ -40,6 +40,7 @@ def test_rows_of_a_round():
     assert rows("confu", nodes=30) == 60
     assert rows("confu", nodes=30, contemplate=4) == 34
     assert rows("confu", nodes=30, contemplate=40) == 60
+    assert rows("confu", nodes=1) == 1
     assert rows("lookup", nodes=30, depth=6) == 7
     assert rows("lookup", nodes=4, depth=6) == 4
 

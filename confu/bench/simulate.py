@@ -103,14 +103,14 @@ def _interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
 
 
 def rows_of(facts: dict[str, Any]) -> int:
-    """Rows of one verification: tree nodes, and the contemplate rows of a ConFu draft."""
+    """Rows of one verification: tree nodes, and the contemplate rows of a ConFu draft. A root alone rarely has one."""
     if facts["kind"] == PLAIN:
         return 1
     tree = facts["tree"]
     if facts["kind"] == "lookup":
         return min(tree["depth"] + 1, tree["nodes"])
     contemplate = tree["nodes"] if tree["contemplate"] is None else min(tree["contemplate"], tree["nodes"])
-    return tree["nodes"] + (contemplate if facts["kind"] == "confu" else 0)
+    return tree["nodes"] + (contemplate if facts["kind"] == "confu" and tree["nodes"] > 1 else 0)
 
 
 def predicted(results: Results, method: str, tau: float) -> float | None:
