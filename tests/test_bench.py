@@ -536,7 +536,9 @@ def test_bad_input_is_one_sentence(capsys, home, monkeypatch, argv, sentence):
 
 
 def test_bad_results_are_one_sentence(measured, tmp_path):
-    half = {"schema_version": 1, "question": "1", "task": "a", "turn": 0, "method": "nosuch", "repeat": 0}
+    def line(**more: str | None) -> str:
+        row = {"schema_version": 1, "question": "1", "task": "a", "turn": 0, "method": "nosuch", "repeat": 0}
+        return json.dumps(row | more) + "\n"
 
     def broken(name: str, **files: str):
         folder = tmp_path / name
@@ -548,11 +550,11 @@ def test_bad_results_are_one_sentence(measured, tmp_path):
     for path, sentence in (
         (tmp_path / "results.jsonl", "give the results.jsonl of `confu bench`"),
         (broken("old", run_json='{"schema_version": 0}'), "has schema_version 0, but this version reads 1"),
-        (broken("bare", run_json='{"schema_version": 1}'), "run.json has no suite, target, dtype, .* date; give a folder"),
+        (broken("bare", run_json='{"schema_version": 1}'), "run.json has no suite, .* date; give a folder as"),
         (broken("none", run_json="{"), "cannot be read"),
-        (broken("half", results_jsonl=f"{json.dumps(half)}\n"), "line 1 is no row of a benchmark"),
-        (broken("bare_row", results_jsonl=f"{json.dumps(half | {'error': None})}\n"), "line 1 is no row of a benchmark"),
-        (broken("failed", results_jsonl=f"{json.dumps(half | {'error': 'x'})}\n"), "has rows of nosuch, which run.json"),
+        (broken("half", results_jsonl=line()), "line 1 is no row of a benchmark"),
+        (broken("without_answer", results_jsonl=line(error=None)), "line 1 is no row of a benchmark"),
+        (broken("failed", results_jsonl=line(error="x")), "has rows of nosuch, which run.json beside it does not"),
         (broken("empty", results_jsonl=""), "holds no row yet"),
         (broken("other", results_jsonl='{"schema_version": 1}\n'), "line 1 is no row of a benchmark"),
         (broken("newer", results_jsonl='{"schema_version": 2}\n'), "has schema_version 2"),

@@ -22,8 +22,8 @@ OURS = "confu"  # the engine, beside those of peers
 REFERENCE = "eagle3-reference"  # the peer that says nothing about speed
 GROWING = ("methods", "num_questions", "repeats", "commits", "costs", "begun", "date")
 """What a later call may add to in run.json; all else must stay as it was begun."""
-SETTINGS = ("suite", "target", "dtype", "device", "temperature", "max_new_tokens", "batch_size", "seed", "num_questions",
-            "repeats", "methods", "machine", "commits", "date")  # fmt: skip
+SETTINGS = ("suite", "target", "dtype", "device", "temperature", "max_new_tokens", "batch_size", "seed",
+            "num_questions", "repeats", "methods", "machine", "commits", "date")  # fmt: skip
 """What run.json always holds."""
 MEASURED = ("prompt_tokens", "num_tokens", "token_ids", "text", "round_lengths", "round_accepted", "peak_bytes",
             "wall_seconds", "prefill_seconds", "target_seconds", "draft_seconds")  # fmt: skip
