@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import pytest
 from made_rows import TREE, results, row
@@ -12,7 +13,7 @@ from test_report import SVG, Page
 from confu.bench.charts import draw
 from confu.bench.equality import compare
 from confu.bench.report import write_report
-from confu.bench.tables import conditions, document, find
+from confu.bench.tables import conditions, differences_table, document, find, lengths_table, time_table
 from confu.pages.chart import Bars, bar_chart
 
 PIECES = [
@@ -70,6 +71,24 @@ def test_a_page_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "report.html").mkdir()
     with pytest.raises(ValueError, match=r"report.html cannot be written \(Is a directory\); give another folder"):
         write_report(made(), tmp_path)
+
+
+def test_tables_of_lengths_times_and_differences():
+    findings = made()
+    table = lengths_table(findings)
+    assert table.header == ["method", "1 token", "2 tokens", "3 tokens"]
+    assert table.rows == [
+        ["plain", "100.0", "–", "–"],
+        ["eagle3", "33.3", "33.3", "33.3"],
+        ["confu", "0.0", "0.0", "100.0"],
+    ]
+    rows = [row("plain", "a1", 4.0, [1], top2_gaps=[1.0] * 2), row("peer", "a1", 4.0, [], prefill_seconds=0.0)]
+    prefill = {name: cells[3] for name, *cells in time_table(find(results(rows), {})).rows}
+    assert prefill == {"plain": "1.00", "peer": "–"}
+    many = replace(findings.compared["eagle3"], differences=findings.differences[:1] * 5)
+    table = differences_table(replace(findings, compared=findings.compared | {"eagle3": many}), most=2)
+    assert [cells[0] for cells in table.rows] == ["eagle3"] * 3 + ["confu"]
+    assert table.rows[2] == ["eagle3", *["–"] * 6, "and 3 more"]
 
 
 def test_tokens_and_differences_are_shown_escaped(tmp_path):

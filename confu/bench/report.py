@@ -19,6 +19,7 @@ from confu.bench.tables import (
     depth_table,
     differences_table,
     engines_table,
+    lengths_table,
     means_table,
     overall_table,
     ratio_lines,
@@ -48,6 +49,7 @@ def _tables(findings: Findings) -> Iterator[Table]:
     yield by_task_table(findings, "Tau by task (95 % interval)", "mean_acceptance_length")
     yield engines_table(findings)
     yield depth_table(findings)
+    yield lengths_table(findings)
     yield time_table(findings)
     yield means_table(findings)
     yield prediction_table(findings)

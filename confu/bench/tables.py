@@ -176,6 +176,17 @@ def depth_table(findings: Findings) -> Table:
     return Table("Share of rounds that accept a depth, among those that accepted all before", header, rows)
 
 
+def lengths_table(findings: Findings) -> Table:
+    longest = max((len(found.round_length_counts) for found in findings.overall.values()), default=0)
+    rows = []
+    for name, found in findings.overall.items():
+        if counts := found.round_length_counts:
+            cells = [number(100 * count / found.num_rounds, 1) for count in counts]
+            rows.append([name, *cells, *[NONE] * (longest - len(counts))])
+    header = ["method", *(f"{length} token{'s' * (length > 1)}" for length in range(1, longest + 1))]
+    return Table("How many tokens a round adds, % of rounds", header, rows)
+
+
 def time_table(findings: Findings) -> Table:
     rows = []
     for name, found in findings.overall.items():
@@ -183,26 +194,24 @@ def time_table(findings: Findings) -> Table:
         parts = [found.seconds[part] for part in ("target", "draft", "other")]
         cells = [number(1000 * seconds / found.num_rounds if tells else None, 1) for seconds in parts]
         peak = number(found.peak_bytes / 2**20 if found.peak_bytes else None, 0)
-        rows.append([name, *cells, number(found.seconds["prefill"] / max(1, found.num_answers), 2), peak])
+        prefill = found.seconds["prefill"]
+        rows.append([name, *cells, number(prefill / found.num_answers if prefill else None, 2), peak])
     header = ["method", "target, ms a round", "draft", "other", "prefill, s an answer", "peak memory, MiB"]
     return Table("Where the time goes", header, rows)
 
 
-def differences_table(findings: Findings, most: int = 100) -> Table:
-    rows = [
-        [
-            difference.method,
-            difference.question,
-            difference.task,
-            str(difference.turn + 1),
-            str(difference.repeat + 1),
-            str(difference.position + 1),
-            NONE if difference.gap is None else f"{difference.gap:.2g}",
-            verdict(findings.results, difference),
-        ]
-        for difference in findings.differences[:most]
-    ]
+def differences_table(findings: Findings, most: int = 30) -> Table:
+    """The first of each method, and how many more it has."""
     header = ["method", "question", "task", "turn", "repeat", "token", "top-2 gap", ""]
+    rows = []
+    for name, found in findings.compared.items():
+        for difference in found.differences[:most]:
+            places = (difference.turn, difference.repeat, difference.position)
+            cells = [name, difference.question, difference.task, *(str(place + 1) for place in places)]
+            gap = NONE if difference.gap is None else f"{difference.gap:.2g}"
+            rows.append([*cells, gap, verdict(findings.results, difference)])
+        if left_out := len(found.differences[most:]):
+            rows.append([name, *[NONE] * (len(header) - 2), f"and {left_out:,} more"])
     return Table("Answers that differ from the plain target's", header, rows)
 
 
