@@ -27,4 +27,5 @@ def results(rows: list[dict], *, temperature: float = 0.0, dtype: str = "float32
     run |= {"max_new_tokens": 9, "temperature": temperature, "dtype": dtype, "methods": methods | more}
     run |= {"machine": {"cpu": "none", "threads": 1, "torch": "0", "transformers": "0", "confu": "0"}}
     run |= {"commits": [{"commit": None, "modified": False}], "date": "2026-01-01"}
+    run |= {"num_questions": len({row["question"] for row in rows})}
     return Results(run, rows)

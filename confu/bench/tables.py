@@ -248,7 +248,7 @@ def conditions(results: Results) -> str:
 
 
 def _versions(run: dict[str, Any]) -> str:
-    """Every commit that measured a part of it."""
+    """Every commit that it was run at."""
     commits = [
         f"{one['commit'][:10] if one['commit'] else 'version ' + run['machine']['confu']}"
         f"{' (modified)' if one['modified'] else ''}"
