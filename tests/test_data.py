@@ -108,6 +108,7 @@ STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system rol
             "template does not extend its own prefix",
         ),
         (chat("system: s", "user: a", "assistant: b"), STRICT, None),  # any reason
+        (chat("user: cut \ud83d", "assistant: b"), CHATML, "a lone surrogate, which is no Unicode text"),
     ],
 )
 def test_unusable_conversation_gives_its_reason(row, template, reason):

@@ -166,10 +166,11 @@ def test_second_turn_of_the_training_data_is_found(recipe, target, tmp_path):
         ('{"prompt": "9"}\n{"text": "x"}\n', "line 2 is no JSON object with prompt or messages"),
         ("[]\n", "line 1 is no JSON object"),
         ("{\n", "line 1 is no JSON object"),
+        ('{"prompt": "cut \\ud83d"}\n', "line 1 holds a lone surrogate, which is no Unicode text"),
         ("", "holds no prompt"),
         (json.dumps({"prompt": "long " * 100}), "has 5.. tokens, which with eval_tokens = 64 is more than .* 512"),
     ],
-    ids=["missing", "other", "array", "not JSON", "empty", "long"],
+    ids=["missing", "other", "array", "not JSON", "surrogate", "empty", "long"],
 )
 def test_unusable_prompts_are_one_sentence(recipe, target, tmp_path, content, words):
     path = tmp_path / "p.jsonl"

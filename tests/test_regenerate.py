@@ -217,15 +217,17 @@ def test_other_settings_data_or_files_are_refused(tmp_path):
 
 def test_bad_rows_are_recorded_and_the_rest_is_answered(tmp_path):
     bad = [3, {"text": "a"}, {"id": "same", "prompt": "1"}, {"id": "same", "prompt": "2"}, {"prompt": "x" * 600}]
+    bad += [{"prompt": "cut \ud83d"}, {"id": "\udc00", "prompt": "3"}, {"prompt": "4", "note": "\ud83d"}]
     file = write_jsonl(tmp_path / "in.jsonl", [*PROMPTS, *bad])
     done = run(file, tmp_path / "out.jsonl")
     failed = lines(tmp_path / "out.errors.jsonl")
     assert done.num_answered == 14
-    assert done.failed.total() == 4
+    assert done.failed.total() == 7
     assert [(row["id"].removeprefix(str(tmp_path)), row["reason"]) for row in failed] == [
         ("/in.jsonl:14", "no messages, nor prompt"),
         ("/in.jsonl:15", "no messages, nor prompt"),
         ("/in.jsonl:17", "its id same is that of an earlier row"),
+        *((f"/in.jsonl:{number}", "a lone surrogate, which is no Unicode text") for number in (19, 20, 21)),
         ("/in.jsonl:18", "longer than the target's context of 512 tokens"),
     ]
 
@@ -296,7 +298,8 @@ def server(monkeypatch):
                 state["busy"] -= 1
                 return self._reply(503, {"message": "wait"})
             reason = {"long": "length", "filtered": "content_filter"}.get(said, "stop")
-            choice = {"message": {"role": "assistant", "content": f"{len(said)} é"}, "finish_reason": reason}
+            content = f"{len(said)} é" if said != "half" else "\ud83d"
+            choice = {"message": {"role": "assistant", "content": content}, "finish_reason": reason}
             return self._reply(200, {"choices": [choice], "usage": {"completion_tokens": 2}})
 
         def _reply(self, status, body):
@@ -328,7 +331,7 @@ def ask(server, rows, tmp_path, *, config=MIXED, **options):
 
 
 def test_server_answers_and_a_failing_row_is_recorded(server, tmp_path):
-    rows = [{"id": w, "prompt": w} for w in ("one", "bad", "busy", "crash", "long", "filtered", "twelve")]
+    rows = [{"id": w, "prompt": w} for w in ("one", "bad", "busy", "crash", "long", "filtered", "twelve", "half")]
     done = ask(server, rows, tmp_path, config=RegenerateConfig(7, temperature=0.8), concurrency=3)
     answers = {row["id"]: row for row in lines(tmp_path / "out.jsonl")}
     assert {name: row["response"] for name, row in answers.items()} == {
@@ -339,6 +342,7 @@ def test_server_answers_and_a_failing_row_is_recorded(server, tmp_path):
         "bad": "HTTP 400: no such thing",
         "crash": 'HTTP 500: {"detail": "boom"}',
         "filtered": "the answer ended by 'content_filter', not by itself or at the limit",
+        "half": "the answer holds a lone surrogate, which is no Unicode text",
     }
     assert (done.num_answered, done.num_tokens) == (4, 8)
     tries = [request["messages"][0]["content"] for request in server["requests"]]
@@ -352,7 +356,7 @@ def test_server_answers_and_a_failing_row_is_recorded(server, tmp_path):
     server["requests"].clear()
     done = ask(server, rows, tmp_path, config=RegenerateConfig(7, temperature=0.8))
     assert done.num_done_before == 4
-    assert {r["messages"][0]["content"] for r in server["requests"]} == {"bad", "crash", "filtered"}
+    assert {r["messages"][0]["content"] for r in server["requests"]} == {"bad", "crash", "filtered", "half"}
 
 
 def test_server_gets_its_own_earlier_answers(server, tmp_path):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from confu.config import RegenerateConfig
-from confu.data.rows import Message, Rows, messages_of
+from confu.data.rows import LONE_SURROGATE, Message, Rows, has_lone_surrogate, messages_of
 
 ROLES = {"system", "user", "assistant"}
 
@@ -51,6 +51,9 @@ def read_conversations(rows: Rows, config: RegenerateConfig) -> tuple[list[Conve
     for place, row in rows:
         if not isinstance(row, dict):
             refused[place] = "no messages, nor prompt"
+            continue
+        if has_lone_surrogate(row):
+            refused[place] = LONE_SURROGATE
             continue
         name = str(row["id"]) if row.get("id") is not None else place
         turns = turns_of(row)

@@ -20,7 +20,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from confu.data.rows import Message, Rows, messages_of
+from confu.data.rows import LONE_SURROGATE, Message, Rows, has_lone_surrogate, messages_of
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ def tokenize_row(row: Any, tokenizer: PreTrainedTokenizerBase, *, max_length: in
     messages = messages_of(row)
     if messages is None:
         return "no messages, or prompt and response"
+    if has_lone_surrogate(row):
+        return LONE_SURROGATE
     try:
         return _tokenize(row, messages, tokenizer, max_length=max_length)
     except TemplateError:

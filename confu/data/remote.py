@@ -12,6 +12,7 @@ import httpx2
 from confu.config import RegenerateConfig
 from confu.data.conversations import Answer, Conversation, Outcome, context, draw_seed, is_open
 from confu.data.regenerate import Write
+from confu.data.rows import LONE_SURROGATE, has_lone_surrogate
 
 RETRY_SECONDS = (1, 2, 4, 8, 16)
 TIMEOUT = httpx2.Timeout(600, connect=10)  # seconds; an answer comes in one piece
@@ -119,6 +120,8 @@ def _read_reply(reply: Any, seed: int) -> Answer | str:
         return "the server's reply holds no answer"
     if not isinstance(text, str) or reason not in ("stop", "length"):
         return f"the answer ended by {reason!r}, not by itself or at the limit"
+    if has_lone_surrogate(text):
+        return f"the answer holds {LONE_SURROGATE}"
     return Answer(text, reason, (reply.get("usage") or {}).get("completion_tokens", 0), seed)
 
 

@@ -16,6 +16,8 @@ Message = dict[str, Any]
 Progress = Callable[[float | None], None]
 """Told the share of the data that was read, or None where that is unknown."""
 
+LONE_SURROGATE = "a lone surrogate, which is no Unicode text"
+
 HUB = re.compile(r"hub:(?P<path>[\w.-]+/[\w.-]+)(/(?P<name>[^:@]+))?(:(?P<split>[^@]+))?(@(?P<revision>.+))?", re.ASCII)
 
 
@@ -66,6 +68,15 @@ class Rows:
 
 def is_hub(source: str) -> bool:
     return source.startswith("hub:")
+
+
+def has_lone_surrogate(value: Any) -> bool:
+    """Whether a row holds half of a surrogate pair, which JSON can escape but no tokenizer or UTF-8 file takes."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def messages_of(row: Any) -> list[Message] | None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from confu.cache import KVCache, PrefixCache
 from confu.config import SamplingConfig, TrainConfig, TreeConfig
 from confu.data.corpus import Corpus
+from confu.data.rows import LONE_SURROGATE, has_lone_surrogate
 from confu.draft import DraftModel
 from confu.drafter import TreeDrafter
 from confu.generate import Decoder
@@ -128,6 +129,8 @@ def _read_prompts(path: Path) -> list[list[dict[str, str]]]:
             found.append(_conversation(json.loads(line)))
         except (ValueError, TypeError, KeyError):
             raise ValueError(f"{path}, line {number} is no JSON object with prompt or messages.") from None
+        if has_lone_surrogate(found[-1]):
+            raise ValueError(f"{path}, line {number} holds {LONE_SURROGATE}; mend it or leave it out.")
     return found
 
 
