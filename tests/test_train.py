@@ -458,16 +458,34 @@ def test_processes_stop_after_the_same_step(monkeypatch):
     assert finished == [0]
 
 
-def test_resume_with_another_recipe_is_refused(short, target, tmp_path, monkeypatch):
-    config = dataclasses.replace(short["eagle3"], out=str(tmp_path / "run"))
+def interrupted(config, target, monkeypatch) -> None:
+    """A run whose first step was interrupted."""
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(config, target, TOKENIZER)
+
+
+def test_resume_with_another_recipe_is_refused(short, target, tmp_path, monkeypatch):
+    config = dataclasses.replace(short["eagle3"], out=str(tmp_path / "run"))
+    interrupted(config, target, monkeypatch)
     with pytest.raises(ValueError, match="The recipe differs from .*config.json; resume with the recipe"):
         train(dataclasses.replace(config, lr=1e-4), target, TOKENIZER, resume=True)
     with pytest.raises(ValueError, match="already holds a run; go on with --resume, or choose another"):
         train(config, target, TOKENIZER)
+    train(config, target, TOKENIZER, resume=True)
+
+
+@pytest.mark.parametrize("features", ["online", "cache"])
+def test_resume_with_other_data_is_refused(short, target, tmp_path, monkeypatch, features):
+    data = tmp_path / "data.jsonl"
+    write_jsonl(data, ROWS)
+    config = dataclasses.replace(short["eagle3"], out=str(tmp_path / "run"), data=(str(data),), features=features)
+    interrupted(config, target, monkeypatch)
+    write_jsonl(data, ROWS[1:])
+    with pytest.raises(ValueError, match=r"data.jsonl holds other data than the run in .*run began with; resume with"):
+        train(config, target, TOKENIZER, resume=True)
+    write_jsonl(data, ROWS)
     train(config, target, TOKENIZER, resume=True)
 
 

@@ -72,6 +72,14 @@ class Run:
     def _checkpoint_file(self) -> Path:
         return self.folder / "checkpoint.pt"
 
+    def check_data(self, corpus: Corpus) -> None:
+        """Raises ValueError when a resumed run began with other data."""
+        if self._state is not None and self._state.get("data_sha256", corpus.fingerprint) != corpus.fingerprint:
+            raise ValueError(
+                f"{', '.join(self.config.data)} holds other data than the run in {self.folder} began with; resume with "
+                "that data, or choose another out folder."
+            )
+
     def begin(self, trainer: Trainer, corpus: Corpus) -> Position:
         """Restore what the checkpoint holds, and open the files."""
         at = Position()
@@ -123,6 +131,7 @@ class Run:
             "draft": trainer.draft.state_dict(),
             "optimizer": trainer.optimizer.state_dict(),
             "position": dataclasses.asdict(at),
+            "data_sha256": self._origin["data_sha256"],
         }
         partial = self.folder / "checkpoint.tmp"
         torch.save(state, partial)

@@ -68,6 +68,7 @@ def train(
 
     # 1. data
     corpus = recipe_corpus(config, tokenizer, progress)
+    run.check_data(corpus)
     evaluator = None
     if config.evaluate_every:
         evaluator = Evaluator(config, target, held_out_prompts(config, tokenizer, corpus, target, notice))
