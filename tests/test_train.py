@@ -397,6 +397,28 @@ def test_metrics_of_an_interval_survive_a_stop_within_it(short, target, tmp_path
     assert outcome(broken) == outcome(whole)
 
 
+@pytest.mark.parametrize("at", [3, 4, 7])
+def test_metrics_survive_an_interrupt_of_any_step(short, target, tmp_path, monkeypatch, at):
+    """Also of the steps that a report follows, 4 and the last."""
+    config = dataclasses.replace(short["eagle3"], log_every=4)
+    whole, broken = (dataclasses.replace(config, out=str(tmp_path / name)) for name in ("whole", "broken"))
+    train(whole, target, TOKENIZER)
+    real = Trainer.step
+
+    def step(trainer, number, members):
+        if number == at - 1:
+            signal.raise_signal(signal.SIGINT)
+        return real(trainer, number, members)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            train(broken, target, TOKENIZER)
+    train(broken, target, TOKENIZER, resume=True)
+    assert outcome(broken) == outcome(whole)
+
+
 def test_run_that_stopped_before_its_first_checkpoint_can_be_had(short, target, tmp_path, monkeypatch):
     """Either way on must work; a folder that can be neither resumed nor begun is a dead end."""
     config = dataclasses.replace(short["eagle3"], out=str(tmp_path / "run"))

@@ -122,15 +122,15 @@ def _loop(
                 on_evaluation(evaluation)
             if at.step == config.steps:
                 return
-            with interrupts.postponed():
+            with interrupts.postponed():  # until the report is out, too: a resumed run does not make up for it
                 began = time.perf_counter()
                 at.advance(trainer.step(at.step, next(plan)), time.perf_counter() - began)
-            if at.step % config.log_every == 0 or at.step == config.steps:
-                report = _summary(at)
-                at.begin_window()
-                run.log(dataclasses.asdict(report))
-                on_report(report)
-                return_freed_memory()  # else what lies between two blocks in use adds up from batch to batch
+                if at.step % config.log_every == 0 or at.step == config.steps:
+                    report = _summary(at)
+                    at.begin_window()
+                    run.log(dataclasses.asdict(report))
+                    on_report(report)
+                    return_freed_memory()  # else what lies between two blocks in use adds up from batch to batch
             if at.step % config.checkpoint_every == 0 and at.step < config.steps:
                 run.checkpoint(trainer, at)
 
