@@ -369,7 +369,10 @@ class TrainConfig:
             _at_least(self, name, 1)
         for name in ("num_experts", "top_experts", "replication", "max_router_lag"):
             _at_least(self, name, 1)
-        _at_least(self, "num_soft_prompts", 0)
+        for name in ("eval_limit", "eval_tokens", "eval_nodes", "eval_depth", "eval_topk"):
+            _at_least(self, name, 1)
+        for name in ("num_soft_prompts", "evaluate_every"):
+            _at_least(self, name, 0)
         _at_least(self, "max_length", 8)
         for name in ("lr", "lr_prompts", "lr_experts", "clip"):
             if not 0 < getattr(self, name) < float("inf"):
