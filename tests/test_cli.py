@@ -463,7 +463,7 @@ def test_train_reports_and_prints_the_draft(confu_run, recipe, tmp_path):
     assert json.loads(confu_run("info", str(final), "--json")[1])["provenance"]["recipe"]["steps"] == 3
     status, _, err = confu_run("train", recipe, "--steps", "3", "-q")
     assert status == 2
-    assert "already holds a run" in err
+    assert "holds a finished run" in err
 
 
 def test_interrupted_training_resumes(confu_run, recipe, monkeypatch):

@@ -516,12 +516,13 @@ def test_nothing_to_resume_is_one_sentence(short, target, tmp_path):
         train(dataclasses.replace(short["eagle3"], out=str(tmp_path / "run")), target, TOKENIZER, resume=True)
 
 
-def test_finished_run_is_not_overwritten(recipe, target, trained):
+@pytest.mark.parametrize("resume", [False, True])
+def test_finished_run_is_not_overwritten(recipe, target, trained, resume):
     final, _ = trained
     config = dataclasses.replace(recipe, out=str(final.parent))
     before = (final / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="already holds a run"):
-        train(config, target, TOKENIZER)
+    with pytest.raises(ValueError, match="holds a finished run, whose draft is .*final; choose another out folder"):
+        train(config, target, TOKENIZER, resume=resume)
     assert (final / "model.safetensors").read_bytes() == before
 
 

@@ -60,12 +60,15 @@ class Run:
 
     def __init__(self, config: TrainConfig, *, resume: bool, writes: bool = True) -> None:
         self.config, self.writes, self.folder = config, writes, Path(config.out)
+        final = self.folder / "final"
+        if final.exists() and not self._checkpoint_file.exists():
+            raise ValueError(f"{self.folder} holds a finished run, whose draft is {final}; choose another out folder.")
         self.best: dict[str, Any] | None = None
         """The row of metrics.jsonl with the highest tau."""
         self._state = self._read_state() if resume else None
         self._metrics: IO[str] | None = None
         # A run that ended before its first checkpoint left nothing to go on from, nor to lose.
-        if not resume and (self._checkpoint_file.exists() or (self.folder / "final").exists()):
+        if not resume and self._checkpoint_file.exists():
             raise ValueError(f"{self.folder} already holds a run; go on with --resume, or choose another out folder.")
 
     @property
