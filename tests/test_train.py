@@ -491,11 +491,12 @@ def interrupted(config, target, monkeypatch) -> None:
 def test_resume_with_another_recipe_is_refused(short, target, tmp_path, monkeypatch):
     config = dataclasses.replace(short["eagle3"], out=str(tmp_path / "run"))
     interrupted(config, target, monkeypatch)
-    with pytest.raises(ValueError, match="The recipe differs from .*config.json; resume with the recipe"):
-        train(dataclasses.replace(config, lr=1e-4), target, TOKENIZER, resume=True)
+    with pytest.raises(ValueError, match="The recipe differs from .*config.json in steps, lr; resume with the recipe"):
+        train(dataclasses.replace(config, lr=1e-4, steps=8), target, TOKENIZER, resume=True)
     with pytest.raises(ValueError, match="already holds a run; go on with --resume, or choose another"):
         train(config, target, TOKENIZER)
-    train(config, target, TOKENIZER, resume=True)
+    spelt_otherwise = f"{tmp_path}/./run/"
+    train(dataclasses.replace(config, out=spelt_otherwise), target, TOKENIZER, resume=True)
 
 
 @pytest.mark.parametrize("features", ["online", "cache"])

@@ -165,9 +165,12 @@ class Run:
     def _read_state(self) -> dict[str, Any]:
         if not self._checkpoint_file.exists():
             raise ValueError(f"No checkpoint.pt in {self.folder}; there is nothing to resume.")
-        if (self.folder / "config.json").read_text(encoding="utf-8") != to_json(self.config):
+        path = self.folder / "config.json"
+        begun, now = (json.loads(text) for text in (path.read_text(encoding="utf-8"), to_json(self.config)))
+        # The folder is the run's own, however it is spelt.
+        if differing := [name for name in begun | now if name != "out" and begun.get(name) != now.get(name)]:
             raise ValueError(
-                f"The recipe differs from {self.folder}/config.json; resume with the recipe the run began with."
+                f"The recipe differs from {path} in {', '.join(differing)}; resume with the recipe the run began with."
             )
         return torch.load(self._checkpoint_file, weights_only=True)
 
