@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -160,6 +161,18 @@ def test_dry_run_writes_nothing(home, capsys):
     assert measured["seconds_per_step"] > 0
     assert measured["feature_cache_bytes"] > 4 * 48 * 3 * 6 * 20
     assert "num_experts: no effect in an eagle3 run" in err
+
+
+@pytest.mark.parametrize("argv", [(), ("--dry-run",)], ids=["run", "dry run"])
+def test_what_is_missing_is_said_before_the_target_is_fetched(home, capsys, monkeypatch, argv):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # import fails as if it were not installed
+    options = ("--target", "no/where", "--track", "wandb", "--evaluate-every", "1", "--eval-prompts", "none.jsonl")
+    status, _, err = run(capsys, "train", "tiny.toml", *argv, *options)
+    assert status == 2
+    assert "Tracking with wandb needs its package" in err
+    status, _, err = run(capsys, "train", "tiny.toml", *argv, *options[:2], *options[4:])
+    assert status == 2
+    assert "eval_prompts none.jsonl is no UTF-8 file" in err
 
 
 def test_dry_run_for_people(home, capsys):

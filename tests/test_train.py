@@ -6,8 +6,10 @@ import hashlib
 import json
 import math
 import signal
+import sys
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -211,6 +213,8 @@ def test_rows_go_to_the_tracker_too(recipe, target, tmp_path, monkeypatch):
         def close(self):
             calls.append("closed")
 
+    monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
+
     def open_recorder(name, folder, config):
         assert (name, folder, config["steps"]) == ("wandb", tmp_path / "run", 2)
         return Recorder()
@@ -219,6 +223,21 @@ def test_rows_go_to_the_tracker_too(recipe, target, tmp_path, monkeypatch):
     train(dataclasses.replace(recipe, out=str(tmp_path / "run"), steps=2, track="wandb"), target, TOKENIZER)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert calls == [*map(json.loads, lines), "closed"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"track": "wandb"}, "Tracking with wandb needs its package"),
+        ({"evaluate_every": 1, "eval_prompts": "none.jsonl"}, "eval_prompts none.jsonl is no UTF-8 file"),
+    ],
+    ids=["tracker", "prompts"],
+)
+def test_what_a_run_needs_is_checked_before_its_data(recipe, target, tmp_path, monkeypatch, settings, words):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # import fails as if it were not installed
+    config = dataclasses.replace(recipe, out=str(tmp_path / "run"), data=("no data.jsonl",), **settings)
+    with pytest.raises(ValueError, match=words):
+        train(config, target, TOKENIZER)
 
 
 def test_what_a_run_does_not_follow_is_said(recipe, target, halfway, tmp_path):

@@ -60,8 +60,10 @@ def train(
         progress.wait("starting")
         from confu.load import find_device, load_target
         from confu.training import parallel
+        from confu.training.start import check_needs
         from confu.training.train import train as run_training
 
+        check_needs(config)  # before the target is fetched
         place = parallel.local_device(find_device(device))
         world = stack.enter_context(parallel.join(place))
         home = "cpu" if config.shard_target else place  # what is to be sharded fits on no device
@@ -107,7 +109,9 @@ def _rehearse(terminal: Terminal, config: TrainConfig, device: str) -> int:
         from confu.load import find_device, load_target
         from confu.models import target_path
         from confu.training import rehearse
+        from confu.training.start import check_needs
 
+        check_needs(config)
         for sentence in config.without_effect():
             terminal.say(sentence)
         found = rehearse.plan_facts(config)

@@ -99,7 +99,7 @@ def held_out_prompts(
     Raises ValueError for an unreadable file, or when no prompt is left.
     """
     path = Path(config.eval_prompts or "")
-    prompts = [tuple(encode_chat(tokenizer, messages)) for messages in _read_prompts(path)]
+    prompts = [tuple(encode_chat(tokenizer, messages)) for messages in read_prompts(path)]
     longest = max(map(len, prompts), default=0)
     if longest + config.eval_tokens > target.max_positions:
         raise ValueError(
@@ -115,7 +115,7 @@ def held_out_prompts(
     return unseen[: config.eval_limit]
 
 
-def _read_prompts(path: Path) -> list[list[dict[str, str]]]:
+def read_prompts(path: Path) -> list[list[dict[str, str]]]:
     """Conversations up to the answer that is to be generated: ``prompt``, or ``messages`` without a last answer."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")

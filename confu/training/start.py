@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,17 @@ from confu.draft import DraftModel
 from confu.drafter import check_fit
 from confu.models import draft_path
 from confu.target import Target
+from confu.training.evaluate import read_prompts
 from confu.training.parallel import whole
+from confu.training.track import import_tracker
+
+
+def check_needs(config: TrainConfig) -> None:
+    """Raises ValueError when the tracker's package or the evaluation's prompts are missing; takes no time."""
+    if config.track is not None:
+        import_tracker(config.track)
+    if config.evaluate_every and config.eval_prompts is not None:
+        read_prompts(Path(config.eval_prompts))
 
 
 def start_draft(config: TrainConfig, target: Target, corpus: Corpus) -> DraftModel:

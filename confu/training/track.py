@@ -30,23 +30,25 @@ class Tracker:
 
 
 def open_tracker(name: str | None, folder: Path, config: dict[str, Any]) -> Tracker:
-    """The tracker of the run in ``folder``, whose name it takes; None keeps to metrics.jsonl alone.
-
-    Raises ValueError when the name is unknown or its package is not installed.
-    """
+    """The tracker of the run in ``folder``, whose name it takes; None keeps to metrics.jsonl alone."""
     if name is None:
         return Tracker()
+    module = import_tracker(name)
+    if name == "tensorboard":
+        return TensorBoard(folder, config)
+    return Hosted(module, folder, config)
+
+
+def import_tracker(name: str) -> Any:
+    """Raises ValueError when the name is unknown or its package is not installed."""
     if name not in TRACKERS:
         raise ValueError(f"track is {name!r}; give {', '.join(TRACKERS[:-1])} or {TRACKERS[-1]}.")
     try:
-        module: Any = importlib.import_module(name)
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name:
             raise  # it is there, but something that it needs is not
         raise ValueError(f"Tracking with {name} needs its package; run `pip install {name}`.") from None
-    if name == "tensorboard":
-        return TensorBoard(folder, config)
-    return Hosted(module, folder, config)
 
 
 class Hosted(Tracker):

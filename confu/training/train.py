@@ -26,7 +26,7 @@ from confu.training.optimise import Trainer
 from confu.training.parallel import ALONE, World
 from confu.training.runs import Interrupts, Position, Run
 from confu.training.schedule import step_plan
-from confu.training.start import overruled, start_draft
+from confu.training.start import check_needs, overruled, start_draft
 
 Progress = Callable[[str, float | None], None]
 Notice = Callable[[str], None]
@@ -61,6 +61,7 @@ def train(
 
     Raises ValueError for unusable data or settings, RuntimeError naming step and documents when the loss is not finite.
     """
+    check_needs(config)
     run = Run(config, resume=resume, writes=world.rank == 0)
     _check_share(config, world)
     reuse_freed_memory()
