@@ -410,8 +410,11 @@ class TrainConfig:
 
     def without_effect(self) -> list[str]:
         """A sentence for each kind of setting that differs from its default and changes nothing."""
+        confu = self.method == "confu"
         kinds = {
-            "in an eagle3 run": () if self.method == "confu" else CONFU_SETTINGS,
+            "in an eagle3 run": () if confu else CONFU_SETTINGS,
+            "with router = 'token'": ("max_router_lag",) if confu and self.router == "token" else (),
+            "with num_soft_prompts = 0": ("lr_prompts",) if confu and self.num_soft_prompts == 0 else (),
             "with init, whose draft brings its own vocabulary": ("draft_vocab_size",) if self.init else (),
             "without init": () if self.init else ("keep_vocabulary",),
             "with evaluate_every = 0": () if self.evaluate_every else EVAL_SETTINGS,

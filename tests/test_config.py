@@ -212,9 +212,17 @@ def test_every_recipe_loads(path):
                 "feature_store: no effect with features = 'online'.",
             ],
         ),
-        ({"method": "confu", "init": "x", "num_experts": 4, "lr_prompts": 0.5}, []),
+        ({"method": "confu", "init": "x", "num_experts": 4, "lr_prompts": 0.5, "max_router_lag": 3}, []),
+        (
+            {"method": "confu", "init": "x", "router": "token", "max_router_lag": 3},
+            ["max_router_lag: no effect with router = 'token'."],
+        ),
+        (
+            {"method": "confu", "init": "x", "num_soft_prompts": 0, "lr_prompts": 0.5},
+            ["lr_prompts: no effect with num_soft_prompts = 0."],
+        ),
     ],
-    ids=["nothing", "default", "idle", "confu"],
+    ids=["nothing", "default", "idle", "confu", "token router", "no soft prompts"],
 )
 def test_settings_without_effect_are_named(settings, said):
     assert from_dict(TrainConfig, TRAIN | settings, source="x").without_effect() == said

@@ -181,6 +181,12 @@ def test_dry_run_for_people(home, capsys):
     assert out.index("estimated memory") < out.index("seconds per step")
 
 
+def test_dry_run_resumes_nothing(home, capsys):
+    status, _, err = run(capsys, "train", "tiny.toml", "--dry-run", "--resume")
+    assert status == 2
+    assert "--dry-run goes on from no checkpoint; leave out --dry-run or --resume." in err
+
+
 def test_dry_run_without_weights_says_so(home, capsys, monkeypatch):
     monkeypatch.setattr(rehearse, "weights_at_hand", lambda target: False)
     status, out, err = run(capsys, "train", "tiny.toml", "--dry-run")

@@ -50,6 +50,8 @@ def train(
     dry_run
         Say what the run would take, by its settings and by timing a few steps; write nothing.
     """
+    if dry_run and resume:
+        raise ValueError("--dry-run goes on from no checkpoint; leave out --dry-run or --resume.")
     config = load_toml(TrainConfig, recipe, dict(overrides or {}))
     if int(os.environ.get("RANK", "0")) > 0:  # under torchrun the first process speaks
         output = OutputConfig(quiet=True, debug=output.debug)
