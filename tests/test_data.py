@@ -55,7 +55,9 @@ def test_several_turns_and_a_system_message():
 
 
 def test_prompt_and_response_is_a_conversation_of_two():
-    assert spans_of({"prompt": "hi", "response": "ok"}) == spans_of(chat("user: hi", "assistant: ok"))
+    row = {"prompt": "hi", "response": "ok"}
+    assert spans_of(row) == spans_of(row | {"system": ""}) == spans_of(chat("user: hi", "assistant: ok"))
+    assert spans_of(row | {"system": "s"}) == spans_of(chat("system: s", "user: hi", "assistant: ok"))
 
 
 def test_answers_in_a_row_are_spans_of_their_own():
@@ -108,6 +110,7 @@ STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system rol
             "template does not extend its own prefix",
         ),
         (chat("system: s", "user: a", "assistant: b"), STRICT, None),  # any reason
+        ({"system": 3, "prompt": "a", "response": "b"}, CHATML, "no messages, or prompt and response"),
         (chat("user: cut \ud83d", "assistant: b"), CHATML, "a lone surrogate, which is no Unicode text"),
     ],
 )

@@ -132,17 +132,18 @@ def test_prompts_that_training_answers_are_left_out(recipe, target, tmp_path):
         {"prompt": "9"},
         {"messages": [{"role": "user", "content": "3"}, {"role": "assistant", "content": "anything"}]},
         {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "3"}]},
+        {"system": "s", "prompt": "3"},
         {"prompt": "8"},
     ]
     config = dataclasses.replace(
-        recipe, evaluate_every=1, eval_prompts=write_jsonl(tmp_path / "p.jsonl", rows), eval_limit=2
+        recipe, evaluate_every=1, eval_prompts=write_jsonl(tmp_path / "p.jsonl", rows), eval_limit=3
     )
     corpus = read_corpus(recipe.data, TOKENIZER, max_length=64)
     said = []
     found = held_out_prompts(config, TOKENIZER, corpus, target, said.append)
     with_system = [{"role": "system", "content": "s"}, {"role": "user", "content": "3"}]
-    assert found == [*prompts_of(["9"]), encode_chat(TOKENIZER, with_system)]
-    assert said == [f"2 of 5 prompts of {tmp_path}/p.jsonl are in the training data; left out."]
+    assert found == [*prompts_of(["9"]), *[encode_chat(TOKENIZER, with_system)] * 2]
+    assert said == [f"2 of 6 prompts of {tmp_path}/p.jsonl are in the training data; left out."]
 
 
 def test_second_turn_of_the_training_data_is_found(recipe, target, tmp_path):
@@ -164,13 +165,14 @@ def test_second_turn_of_the_training_data_is_found(recipe, target, tmp_path):
     [
         (None, "eval_prompts .* is no UTF-8 file"),
         ('{"prompt": "9"}\n{"text": "x"}\n', "line 2 is no JSON object with prompt or messages"),
+        ('{"messages": []}\n', "line 1 is no JSON object"),
         ("[]\n", "line 1 is no JSON object"),
         ("{\n", "line 1 is no JSON object"),
         ('{"prompt": "cut \\ud83d"}\n', "line 1 holds a lone surrogate, which is no Unicode text"),
         ("", "holds no prompt"),
         (json.dumps({"prompt": "long " * 100}), "has 5.. tokens, which with eval_tokens = 64 is more than .* 512"),
     ],
-    ids=["missing", "other", "array", "not JSON", "surrogate", "empty", "long"],
+    ids=["missing", "other", "no messages", "array", "not JSON", "surrogate", "empty", "long"],
 )
 def test_unusable_prompts_are_one_sentence(recipe, target, tmp_path, content, words):
     path = tmp_path / "p.jsonl"

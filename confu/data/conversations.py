@@ -75,8 +75,8 @@ def turns_of(row: dict[str, Any]) -> list[list[Message]] | str:
     answers nothing and is left out.
     """
     messages = messages_of(row)
-    if messages is None and isinstance(row.get("prompt"), str):
-        messages = [{"role": "user", "content": row["prompt"]}]
+    if messages is None:
+        messages = messages_of(row | {"response": ""})
     if messages is None:
         return "no messages, nor prompt"
     if not {message["role"] for message in messages} <= ROLES:

@@ -80,12 +80,14 @@ def has_lone_surrogate(value: Any) -> bool:
 
 
 def messages_of(row: Any) -> list[Message] | None:
-    """The conversation of a row (``prompt`` and ``response``, or ``messages``), or None where it holds none."""
+    """The conversation of a row (``prompt`` and ``response``, with ``system`` or not, or ``messages``), or None where it
+    holds none."""
     if not isinstance(row, dict):
         return None
-    if isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
-        return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
     messages = row.get("messages")
+    if isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
+        said = {"system": row.get("system") or None, "user": row["prompt"], "assistant": row["response"]}
+        messages = [{"role": role, "content": text} for role, text in said.items() if text is not None]
     if not isinstance(messages, list) or not all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
     ):

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from confu.cache import KVCache, PrefixCache
 from confu.config import SamplingConfig, TrainConfig, TreeConfig
 from confu.data.corpus import Corpus
-from confu.data.rows import LONE_SURROGATE, has_lone_surrogate
+from confu.data.rows import LONE_SURROGATE, Message, has_lone_surrogate, messages_of
 from confu.draft import DraftModel
 from confu.drafter import TreeDrafter
 from confu.generate import Decoder
@@ -115,7 +115,7 @@ def held_out_prompts(
     return unseen[: config.eval_limit]
 
 
-def read_prompts(path: Path) -> list[list[dict[str, str]]]:
+def read_prompts(path: Path) -> list[list[Message]]:
     """Conversations up to the answer that is to be generated: ``prompt``, or ``messages`` without a last answer."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -134,10 +134,10 @@ def read_prompts(path: Path) -> list[list[dict[str, str]]]:
     return found
 
 
-def _conversation(row: dict[str, Any]) -> list[dict[str, str]]:
-    if "prompt" in row:
-        return [{"role": "user", "content": row["prompt"]}]
-    messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+def _conversation(row: dict[str, Any]) -> list[Message]:
+    messages = messages_of(row | {"response": ""} if "prompt" in row else row)
+    if not messages:
+        raise ValueError
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
