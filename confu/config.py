@@ -276,7 +276,8 @@ class TrainConfig:
     out: str
     """Run folder: config, metrics, checkpoints and the final draft go here."""
     data: tuple[str, ...]
-    """Chat JSONL files (``messages``, or ``prompt`` and ``response``)."""
+    """Chat JSONL files (``messages``, or ``prompt`` and ``response``), Hub data sets (``hub:OWNER/NAME``), or one folder
+    that `confu data prepare` wrote."""
     target: str = "smollm2-135m"
     """Name, folder or Hub id of the target."""
     init: str | None = None
@@ -356,7 +357,7 @@ class TrainConfig:
         if self.method not in ("eagle3", "confu"):
             raise ValueError(f"method is {self.method!r}; give 'eagle3' or 'confu'.")
         if not self.data:
-            raise ValueError("data names no file; give at least one chat JSONL file.")
+            raise ValueError("data names no file; give at least one chat JSONL file, hub: data set or prepared folder.")
         for name in (
             "steps",
             "batch_tokens",

@@ -222,6 +222,19 @@ def test_bench_train_reports_each_length(home, capsys, method):
     assert "GFLOP/token" in out
 
 
+def test_bench_train_offers_the_types_it_takes(home, capsys):
+    status, _, err = run(capsys, "bench-train", "--target", "target", "--dtype", "float16")
+    assert status == 2
+    assert all(name in err for name in ("auto", "bfloat16", "float32"))
+    assert "float16" not in run(capsys, "bench-train", "--help")[1].replace("bfloat16", "")
+
+
+def test_train_help_names_what_can_be_data(capsys):
+    said = " ".join(run(capsys, "train", "--help")[1].replace("│", "").split())
+    assert "hub:OWNER/NAME" in said
+    assert "confu data prepare" in said
+
+
 def test_bench_train_refuses_impossible_lengths(home, capsys):
     status, _, err = run(capsys, "bench-train", "--lengths", "9999", "--target", "target", "--dtype", "float32")
     assert status == 2

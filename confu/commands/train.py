@@ -8,11 +8,11 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, TypedDict, get_type_hints
+from typing import Annotated, Any, Literal, TypedDict, get_type_hints
 
 from cyclopts import Parameter
 
-from confu.commands.app import INTERRUPTED, MODEL, OUTPUT, Device, Dtype, Output, OutputConfig, app, complain
+from confu.commands.app import INTERRUPTED, MODEL, OUTPUT, Device, Output, OutputConfig, app, complain
 from confu.config import TrainConfig, load_toml
 from confu.models import DEFAULT_TARGET
 from confu.terminal.screen import Stages, Terminal, TrainingBoard
@@ -140,7 +140,10 @@ def bench_train(
     lengths: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (512, 1024, 2048),
     batch_tokens: int = 2048,
     target: Annotated[str, Parameter(group=MODEL, help="Target: name, folder or Hub id.")] = DEFAULT_TARGET,
-    dtype: Dtype = "auto",
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float32"],
+        Parameter(group=MODEL, help="Compute type; auto is bfloat16 where the device computes it."),
+    ] = "auto",
     device: Device = "auto",
     output: Output = OUTPUT,
 ) -> None:
