@@ -43,13 +43,14 @@ def environment() -> dict[str, Any]:
 
 def checkout(*paths: str) -> tuple[str | None, bool]:
     """Commit of the checkout that this package runs from, and whether something is uncommitted there (below ``paths``,
-    seen from the package's folder, where some are given); None and False without a checkout."""
+    seen from the package's folder, where some are given); None and False without a checkout, as when the package is
+    installed somewhere inside another repository."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
-    if shutil.which("git") is None:
+    if shutil.which("git") is None or not git("ls-files", Path(__file__).name):
         return None, False
     return git("rev-parse", "HEAD") or None, bool(git("status", "--porcelain", *paths))
 

@@ -5,7 +5,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 import signal
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_data import ROWS, VOCAB, byte_tokenizer, taught_target, tiny_draft, tiny_recipe, write_jsonl
 
+from confu import info
 from confu.config import FUTURE_FORMS, SamplingConfig, TrainConfig, TreeConfig, to_json
 from confu.contemplate import Mixture
 from confu.data.corpus import Batch, read_corpus
@@ -583,6 +586,26 @@ def test_provenance_says_what_made_the_draft(recipe, trained, data):
 
 
 # ---------------------------------------------------------------- what it is worth
+
+
+def test_commit_is_that_of_the_packages_own_repository(tmp_path, monkeypatch):
+    """Not of one in which it happens to be installed."""
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    (tmp_path / "info.py").touch()
+
+    def git(*words: str) -> None:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", "-C", tmp_path, *identity, *words], check=True, capture_output=True)
+
+    git("init")
+    git("commit", "--allow-empty", "-m", "another project")
+    monkeypatch.setattr(info, "__file__", str(tmp_path / "info.py"))
+    assert info.checkout() == (None, False)
+    git("add", "info.py")
+    git("commit", "-m", "its own")
+    commit, dirty = info.checkout()
+    assert (len(commit or ""), dirty) == (40, False)
 
 
 def tau(target, draft: DraftModel) -> float:
