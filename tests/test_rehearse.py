@@ -113,6 +113,8 @@ def test_memory_grows_with_what_it_holds(target):
     assert estimate["total_bytes"] == sum(value for name, value in estimate.items() if name != "total_bytes")
     larger = memory_estimate(target, eagle3, dataclasses.replace(config, batch_tokens=1024))
     assert larger["activation_bytes"] == 2 * estimate["activation_bytes"]
+    longer = memory_estimate(target, eagle3, dataclasses.replace(config, max_length=512))
+    assert longer == estimate  # the unrolled steps form no rows x keys tensor
     more = memory_estimate(target, confu, config)
     assert more["target_cache_bytes"] == 2 * LAYERS * 512 * KV_HEADS * HEAD * 4
     assert more["activation_bytes"] > estimate["activation_bytes"]

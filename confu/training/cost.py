@@ -111,9 +111,9 @@ def memory_estimate(target: Target, draft: DraftModel, config: TrainConfig) -> d
     rows, heads = config.batch_tokens, sizes.num_attention_heads
     itemsize = 2 if config.dtype == "bfloat16" else 4
     trained = sum(p.numel() for p in draft.parameters())
-    # Per row and step: inputs of the projections, their outputs, the MLP's three, norms; scores in float32 and weights.
+    # Per row and step: inputs of the projections, their outputs, the MLP's three, norms. Scores are never formed.
     linear = 8 * sizes.hidden_size + 2 * heads * sizes.head_dim + 4 * sizes.intermediate_size
-    activations = config.ttt_steps * rows * (linear * itemsize + heads * tokens * (4 + itemsize))
+    activations = config.ttt_steps * rows * linear * itemsize
     head = rows * sizes.draft_vocab_size * (4 + 4 + itemsize)  # the teacher's logits and probabilities
     states = rows * 4 * sizes.hidden_size * itemsize
     cached = 0
