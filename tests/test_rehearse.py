@@ -178,9 +178,13 @@ def test_what_is_missing_is_said_before_the_target_is_fetched(home, capsys, monk
 
 
 def test_dry_run_for_people(home, capsys):
-    status, out, _ = run(capsys, "train", "tiny.toml", "--dry-run")
+    status, out, err = run(capsys, "train", "tiny.toml", "--dry-run")
     assert status == 0
     assert out.index("estimated memory") < out.index("seconds per step")
+    assert "without evaluation" not in err
+    prompts = write_jsonl(home / "prompts.jsonl", [{"prompt": "9"}])
+    _, _, err = run(capsys, "train", "tiny.toml", "--dry-run", "--evaluate-every", "5", "--eval-prompts", prompts)
+    assert "The estimated hours are those of the steps, without evaluation." in err
 
 
 def test_dry_run_resumes_nothing(home, capsys):

@@ -124,6 +124,8 @@ def _rehearse(terminal: Terminal, config: TrainConfig, device: str) -> int:
             place = find_device(device)
             target, tokenizer = load_target(config.target, dtype=config.dtype, device=place, progress=progress)
             measured = rehearse.measured_facts(config, target, tokenizer, progress=progress)
+    if measured is not None and config.evaluate_every:
+        terminal.say("The estimated hours are those of the steps, without evaluation.")
     if terminal.json:
         terminal.document(**found, measured=measured)
     elif measured is not None:
