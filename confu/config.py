@@ -276,8 +276,8 @@ class TrainConfig:
     out: str
     """Run folder: config, metrics, checkpoints and the final draft go here."""
     data: tuple[str, ...]
-    """Chat JSONL files (``messages``, or ``prompt`` and ``response``), Hub data sets (``hub:OWNER/NAME``), or one folder
-    that `confu data prepare` wrote."""
+    """Chat JSONL files (``messages``, or ``prompt`` and ``response``), Hub data sets (``hub:OWNER/NAME``), or one
+    folder that `confu data prepare` wrote."""
     target: str = "smollm2-135m"
     """Name, folder or Hub id of the target."""
     init: str | None = None

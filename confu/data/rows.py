@@ -80,8 +80,8 @@ def has_lone_surrogate(value: Any) -> bool:
 
 
 def messages_of(row: Any) -> list[Message] | None:
-    """The conversation of a row (``prompt`` and ``response``, with ``system`` or not, or ``messages``), or None where it
-    holds none."""
+    """The conversation of a row (``prompt`` and ``response``, with ``system`` or not, or ``messages``), or None where
+    it holds none."""
     if not isinstance(row, dict):
         return None
     messages = row.get("messages")
