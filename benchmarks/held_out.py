@@ -113,7 +113,7 @@ def _judge_batch(draft: DraftModel, target: Target, batch: Batch, generator: tor
     for step, read in enumerate(unroll(draft, target, tokens, features, rows, future)):
         log_q = draft.lm_head(read).float().log_softmax(-1)
         ahead = (rows.index + 1 + step).clamp(max=width - 1)
-        log_p = target.head_rows(final[rows.sequence, ahead], draft.target_ids()).float().log_softmax(-1)
+        log_p = target.head_over(draft.target_ids())(final[rows.sequence, ahead]).float().log_softmax(-1)
         kl[step] = (log_p.exp() * (log_p - log_q)).sum(-1)
         drafted = draft.target_ids()[log_q.topk(BEST).indices]  # [R, BEST]
         hits[step] = (drafted[:, 0] == tokens[rows.sequence, (ahead + 1).clamp(max=width - 1)]).float()

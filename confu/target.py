@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, N tree nodes, C contemplate rows, D hidden width, V v
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -233,25 +234,29 @@ class Target:
         *features, final = (out.hidden_states[layer] for layer in layers)
         return torch.cat(features, dim=-1), final
 
-    def head_rows(self, final: Float[Tensor, "R D"], token_ids: Int[Tensor, " U"]) -> Float[Tensor, "R U"]:
-        """Logits of some tokens only, from final states."""
+    def head_over(self, token_ids: Int[Tensor, " U"]) -> Callable[[Float[Tensor, "R D"]], Float[Tensor, "R U"]]:
+        """What gives the logits of these tokens only, from final states."""
         head: Any = self.model.get_output_embeddings()
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        with torch.no_grad():
-            bias = head.bias[token_ids] if head.bias is not None else None
-            logits = torch.nn.functional.linear(final, head.weight[token_ids], bias)
+        weight, bias = head.weight[token_ids], head.bias[token_ids] if head.bias is not None else None
+
+        @torch.no_grad()
+        def logits_of(final: Float[Tensor, "R D"]) -> Float[Tensor, "R U"]:
+            logits = torch.nn.functional.linear(final, weight, bias)
             return cap * torch.tanh(logits / cap) if cap else logits
+
+        return logits_of
 
     @torch.no_grad()
     def check_head(self) -> None:
-        """Raise ValueError when the model does more to its logits than `head_rows`, which teaches drafts, knows of."""
+        """Raise ValueError when the model does more to its logits than `head_over`, which teaches drafts, knows of."""
         out = self.model(
             input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device),
             use_cache=False,
             output_hidden_states=[self.num_layers],
         )
         theirs = out.logits[0].float()
-        ours = self.head_rows(out.hidden_states[self.num_layers][0], torch.arange(theirs.shape[1], device=self.device))
+        ours = self.head_over(torch.arange(theirs.shape[1], device=self.device))(out.hidden_states[self.num_layers][0])
         if not torch.allclose(ours.float(), theirs, rtol=0.05, atol=0.05 * theirs.abs().max().item()):
             raise ValueError(
                 f"{type(self.model).__name__} scales its logits in a way that training does not know; it can be "

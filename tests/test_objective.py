@@ -22,6 +22,7 @@ from confu.training.objective import (
     Future,
     HeadCrossEntropy,
     Rows,
+    _teacher,
     draw_anchors,
     losses,
     pack_rows,
@@ -357,6 +358,23 @@ def test_head_cross_entropy_is_plain_autograd(num_rows):
     torch.testing.assert_close(total.double(), plain.detach(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(x.grad.double(), wide_x.grad, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(weight.grad.double(), wide_weight.grad, atol=1e-4, rtol=1e-5)
+
+
+def test_teacher_is_plain_softmax_of_logits_formed_in_chunks(target, monkeypatch):
+    final, weight = torch.randn(1100, 6), torch.randn(9, 6)
+    formed = []
+
+    def logits_of(rows):
+        formed.append(len(rows))
+        return rows @ weight[ids].T
+
+    ids = torch.tensor([1, 4, 8])
+    monkeypatch.setattr(target, "head_over", lambda ids: logits_of)
+    p, negative_entropy = _teacher(target, final, ids)
+    log_p = (final @ weight[ids].T).log_softmax(-1)
+    assert formed == [512, 512, 76]
+    torch.testing.assert_close(p, log_p.exp())
+    torch.testing.assert_close(negative_entropy, (log_p.exp() * log_p).sum(-1))
 
 
 # ---------------------------------------------------------------- the loss

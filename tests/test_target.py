@@ -386,12 +386,12 @@ def test_a_window_as_long_as_the_context_is_full_attention():
 
 @pytest.mark.parametrize("family", ["Llama 3, tied head", "Gemma 2", "GPT-OSS", "Phi-4-mini"])
 def test_taught_logits_are_the_models(family):
-    """Soft-capped, or with a head that is the embedding: `head_rows` on final states gives the model's own logits."""
+    """Soft-capped, or with a head that is the embedding: `head_over` on final states gives the model's own logits."""
     target = Target(families.build(family))
     tokens = torch.tensor([[5, 9, 2, 6, 1, 7, 8]])
     _, final = target.teach(tokens, None)
     logits = target.model(tokens).logits[0]
-    naive.assert_close(target.head_rows(final[0], torch.tensor([3, 40, 8])), logits[:, [3, 40, 8]])
+    naive.assert_close(target.head_over(torch.tensor([3, 40, 8]))(final[0]), logits[:, [3, 40, 8]])
     target.check_head()
 
 

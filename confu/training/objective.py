@@ -167,7 +167,7 @@ def losses(
         )
         future = foretell(target, draft.contemplation, cache, tokens, features, anchors)
 
-    teacher = target.head_rows(final[rows.sequence, rows.index + 1], draft.target_ids())  # [R, U]
+    teacher = _teacher(target, final[rows.sequence, rows.index + 1], draft.target_ids())
     read = unroll(draft, target, tokens, features, rows, future)
     return _distil(draft, read, teacher, rows, step_decay, normaliser)
 
@@ -263,20 +263,33 @@ def _future_slots(
     return keys.transpose(1, 2), values.transpose(1, 2), (anchor >= 0)[None]
 
 
+@torch.no_grad()
+def _teacher(
+    target: Target, final: Float[Tensor, "R D"], ids: Int[Tensor, " U"]
+) -> tuple[Float[Tensor, "R U"], Float[Tensor, " R"]]:
+    """The target's distribution over the draft vocabulary, and its negative entropy, row by row; logits in chunks."""
+    logits_of = target.head_over(ids)
+    p = torch.empty(len(final), len(ids), device=final.device)
+    negative_entropy = torch.empty(len(final), device=final.device)
+    for piece in _chunks(final):
+        log_p = logits_of(final[piece]).float().log_softmax(dim=-1)
+        torch.exp(log_p, out=p[piece])
+        negative_entropy[piece] = (p[piece] * log_p).sum(-1)  # vecdot would be in bfloat16 here
+    return p, negative_entropy
+
+
 def _distil(
     draft: DraftModel,
     read: list[Tensor],
-    teacher: Float[Tensor, "R U"],
+    teacher: tuple[Float[Tensor, "R U"], Float[Tensor, " R"]],
     rows: Rows,
     step_decay: float,
     normaliser: int | None,
 ) -> Losses:
     """KL(target || draft) over the draft vocabulary, summed over steps with decay, per supervised token."""
-    log_p = teacher.float().log_softmax(dim=-1)
-    p = log_p.exp()
-    negative_entropy = (p * log_p).sum(-1)  # vecdot would be in bfloat16 here
+    p, negative_entropy = teacher
     best = p.argmax(-1)
-    total = torch.zeros((), device=teacher.device)
+    total = torch.zeros((), device=p.device)
     kls, accuracies = [], []
     for step, states in enumerate(read):
         counted = rows.supervised[step]
@@ -293,13 +306,20 @@ def _distil(
     return Losses(total / normaliser, torch.stack(kls), torch.stack(accuracies), num_rows)
 
 
+CPU_CHUNK, CHUNK = 512, 8192  # rows whose logits stay in a processor's cache; rows that fill a GPU
+
+
+def _chunks(rows: Float[Tensor, "R D"]) -> list[slice]:
+    """The rows in pieces, so that the [R, U] logits never exist as a whole."""
+    size = CPU_CHUNK if rows.device.type == "cpu" else CHUNK
+    return [slice(first, first + size) for first in range(0, len(rows), size)]
+
+
 class HeadCrossEntropy(torch.autograd.Function):
     """Sum over rows of the cross entropy -sum_u p[u] log softmax(x W^T)[u], and how many rows have p's argmax.
 
-    Runs in chunks and forms the gradient on the way (it is softmax - p), so the [R, U] logits never exist as a whole.
+    Runs in chunks and forms the gradient on the way (it is softmax - p).
     """
-
-    CPU_CHUNK, CHUNK = 512, 8192  # rows whose logits stay in a processor's cache; rows that fill a GPU
 
     @staticmethod
     def forward(ctx, x, weight, p, best, taught_by):  # type: ignore[override]
@@ -309,9 +329,7 @@ class HeadCrossEntropy(torch.autograd.Function):
         grad_w = torch.zeros_like(weight)
         total = torch.zeros((), device=x.device)
         hits = torch.zeros((), device=x.device)
-        chunk = HeadCrossEntropy.CPU_CHUNK if x.device.type == "cpu" else HeadCrossEntropy.CHUNK
-        for first in range(0, len(x), chunk):
-            piece = slice(first, first + chunk)
+        for piece in _chunks(x):
             logits = (narrow_x[piece] @ narrow_w.T).float()
             hits += (logits.argmax(-1) == best[taught_by[piece]]).sum()
             log_q = logits.log_softmax(dim=-1)
