@@ -14,7 +14,7 @@ from torch import Tensor
 
 from confu.attention import Attention
 from confu.draft import DraftModel, normed_states
-from confu.linear import fused, product
+from confu.linear import fast_quantization, fused, product
 from confu.rows import rows
 from confu.tree import take
 
@@ -22,8 +22,8 @@ Turn = tuple[Tensor, Tensor]
 
 
 class DraftForward:
-    """Weights of a draft network for decoding, rounded with ``quantization``: they decide only how fast the target's
-    text comes. What ``contemplation`` holds stays the network's own."""
+    """Weights of a draft network for decoding, rounded with ``quantization``, or where that alone makes them faster:
+    they decide only how soon the target's text comes. What ``contemplation`` holds stays the network's own."""
 
     @torch.no_grad()
     def __init__(self, draft: DraftModel, quantization: str | None = None) -> None:
@@ -31,6 +31,7 @@ class DraftForward:
         self.config, self.target_ids = draft.config, draft.target_ids()
         self.contemplation = draft.contemplation.without_heads() if draft.contemplation is not None else None
         self._rotary = draft.rotary
+        quantization = quantization or fast_quantization(draft.lm_head.weight)
         linears = {
             "fc": [draft.fc],
             "qkv": [attention.q_proj, attention.k_proj, attention.v_proj],

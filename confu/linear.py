@@ -108,6 +108,11 @@ def product(
     return PackedProduct(weight, bias) if _can_pack(weight) else Product(weight, bias)
 
 
+def fast_quantization(weight: Tensor) -> str | None:
+    """The rounding by which weights like this one are read in less time here, if there is one."""
+    return "int8" if _fits_tiles(weight) and _int8_function() is not None else None
+
+
 def fused(linears: list[Any], quantization: str | None) -> nn.Module:
     """One product for several linear layers that read the same rows."""
     biases = [linear.bias for linear in linears]
@@ -140,7 +145,8 @@ def check_quantization(quantization: str | None, device: torch.device | str) -> 
 
 
 def _fits_tiles(weight: Tensor) -> bool:
-    return weight.dtype == torch.bfloat16 and weight.shape[0] % TILE == 0 and weight.shape[1] % (2 * TILE) == 0
+    fits = weight.shape[0] % TILE == 0 and weight.shape[1] % (2 * TILE) == 0
+    return weight.dtype == torch.bfloat16 and weight.is_cpu and fits
 
 
 @functools.cache

@@ -12,9 +12,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from confu import linear
+from confu.draft_forward import DraftForward
 from confu.linear import Int8Product, PackedProduct, Product, check_quantization, pack_linears, product, quantize
 from confu.llama import LlamaForward, is_llama_like
-from confu.load import pack
+from confu.load import pack, read_network
 from confu.memory import forget_mapped
 from confu.target import Target
 
@@ -93,6 +94,14 @@ def test_the_fastest_product_is_chosen():
         product(random(4, 4), quantization="int4")
     with pytest.raises(ValueError, match="kernels for the CPU only"):
         check_quantization("int8", "cuda:0")
+
+
+def test_a_drafts_weights_are_rounded_where_that_is_faster():
+    for dtype in (torch.float32, torch.bfloat16):
+        forward = DraftForward(read_network("smollm2-135m-eagle3", dtype, "cpu"))
+        kinds = {type(product) for product in forward._products.values()}
+        faster = dtype == torch.bfloat16 and linear._int8_function() is not None
+        assert kinds == {Int8Product if faster else PackedProduct}
 
 
 def test_linears_are_replaced_wherever_they_are():
