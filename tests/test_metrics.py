@@ -24,6 +24,8 @@ def test_every_number_by_hand():
     assert "confu" not in found
     assert (plain.tokens_per_second, plain.speedup, plain.mean_acceptance_length) == (1.0, 1.0, 1.0)
     assert eagle3.tokens_per_second == (8 + 4) / (4 + 1)
+    assert eagle3.decoding_tokens_per_second == 12 / (5 - eagle3.seconds["prefill"])
+    assert eagle3.seconds["prefill"] > 0
     assert eagle3.tokens_per_second_mean == (8 / 4 + 4 / 1) / 2
     assert eagle3.speedup == (12 / 5) / (12 / 12)
     assert eagle3.speedup_mean == ((2 + 4) / 2) / ((1 + 1) / 2)

@@ -146,7 +146,7 @@ def test_bench_runs_are_shown_alone_by_task_and_side_by_side(table, tmp_path):
     document.write_text("<!-- bench:cold -->\n<!-- /bench -->\n<!-- bench:cold,warm-0.7 -->\n<!-- /bench -->\n")
     assert table.main() == 0
     lines = document.read_text().splitlines()
-    assert "| confu | 2.0 | 2.00 | 2.00 to 2.00 | 1.50 | 1.50 to 1.50 | 0 of 2 | – |" in lines
+    assert "| confu | 2.0 | 2.7 | 2.00 | 2.00 to 2.00 | 1.50 | 1.50 to 1.50 | 0 of 2 | – |" in lines
     after = lines[lines.index("Tau by task:") :]
     assert after[2:5] == ["| method | a | b |", "| --- | --- | --- |", "| confu | 1.50 | 1.50 |"]
     after = lines[lines.index("<!-- bench:cold,warm-0.7 -->") :]

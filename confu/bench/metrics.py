@@ -46,6 +46,8 @@ class Summary:
     num_rounds: int
     tokens_per_second: float | None
     """All tokens over all seconds, prefill included."""
+    decoding_tokens_per_second: float | None
+    """All tokens over all seconds but those of prefill. None where an engine does not tell these."""
     tokens_per_second_mean: float | None
     """Spec-Bench's: mean over questions of tokens over seconds."""
     speedup: float | None
@@ -154,6 +156,8 @@ def _summary(rows: Sequence[Row], baseline: Sequence[Row]) -> Summary:
         tau_by_question = _mean([over(*sums) for sums in per_question if sums[1]])
         accepted = rounds.num_accepted_draft_tokens / rounds.num_rounds
     num_tokens, seconds = (sum(_column(tallies, name)) for name in ("num_tokens", "seconds"))
+    parts = _seconds(answered)
+    decoding = seconds - parts["prefill"]
     return Summary(
         num_questions=len({row["question"] for row in rows}),
         num_answers=len(answered),
@@ -161,6 +165,7 @@ def _summary(rows: Sequence[Row], baseline: Sequence[Row]) -> Summary:
         num_tokens=round(num_tokens),
         num_rounds=rounds.num_rounds,
         tokens_per_second=num_tokens / seconds if seconds else None,
+        decoding_tokens_per_second=num_tokens / decoding if 0 < decoding < seconds else None,
         tokens_per_second_mean=_mean([over(t.num_tokens, t.seconds) for t in tallies]) if seconds else None,
         speedup=speedup,
         speedup_interval=speedup_interval,
@@ -171,7 +176,7 @@ def _summary(rows: Sequence[Row], baseline: Sequence[Row]) -> Summary:
         mean_accepted_drafts=accepted,
         acceptance_per_depth=rounds.conditional_acceptance,
         round_length_counts=[lengths.count(n) for n in range(1, max(lengths, default=0) + 1)],
-        seconds=_seconds(answered),
+        seconds=parts,
         peak_bytes=max((row["peak_bytes"] for row in answered if row["peak_bytes"] is not None), default=None),
     )
 

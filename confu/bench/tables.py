@@ -108,12 +108,14 @@ def document(findings: Findings) -> dict[str, Any]:
 
 
 def overall_table(findings: Findings) -> Table:
-    header = ["method", "tokens/s", "speed-up", "95 %", "tau", "95 %", equality_header(findings.results), "failed"]
+    header = ["method", "tokens/s", "without prefill", "speed-up", "95 %", "tau", "95 %",
+              equality_header(findings.results), "failed"]  # fmt: skip
     speculative = findings.speculative
     rows = [
         [
             name,
             number(found.tokens_per_second, 1),
+            number(found.decoding_tokens_per_second, 1),
             number(found.speedup, 2),
             span(found.speedup_interval) if name in speculative else NONE,
             number(found.mean_acceptance_length, 2),
