@@ -23,6 +23,7 @@ from confu.native import library
 QUANTIZATIONS = ("int8",)
 USUAL_ROWS = 16  # the layout is chosen for about so many; any number works
 TILE = 16
+PIECE = 256  # rows rounded at a time: float32 copies of a whole head would be most of a process's memory
 
 
 class Product(nn.Module):
@@ -74,6 +75,7 @@ class Int8Product(nn.Module):
         if self._function is None:
             out = self._plain(x).float() * self.scales
             return (out if self.bias is None else out + self.bias).to(x.dtype)
+        assert x.dtype == torch.bfloat16
         x = x.contiguous()
         out = x.new_empty(*x.shape[:-1], len(self.scales))
         self._function(
@@ -92,7 +94,10 @@ class Int8Product(nn.Module):
 def quantize(weight: Float[Tensor, "N K"]) -> tuple[Int8[Tensor, "N K"], Float[Tensor, " N"]]:
     """Whole numbers from -127 to 127, and each row's scale (float32) that gives it back."""
     scales = weight.abs().amax(dim=1).float().clamp_(min=1e-12) / 127
-    return (weight / scales[:, None]).round_().to(torch.int8), scales
+    whole = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for rows, row_scales, to in zip(weight.split(PIECE), scales.split(PIECE), whole.split(PIECE), strict=True):
+        to.copy_((rows / row_scales[:, None]).round_())
+    return whole, scales
 
 
 def product(

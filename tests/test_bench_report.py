@@ -55,13 +55,13 @@ def test_page_and_markdown_show_the_same_numbers(tmp_path):
         for cells in rows:
             assert f"| {' | '.join(cells)} |" in markdown
     header, plain, eagle3, confu, peer = page.tables["All tasks"]
-    # 9 answers of 7 tokens: 45 s plain, 27 s eagle3, 13.5 s confu
-    assert (plain[:3], eagle3[:3], confu[:3]) == (
-        ["plain", "1.4", "1.00"],
-        ["eagle3", "2.3", "1.67"],
-        ["confu", "4.7", "3.33"],
+    # 9 answers of 7 tokens: 45 s plain, 27 s eagle3, 13.5 s confu, a quarter of each prefill
+    assert (plain[:4], eagle3[:4], confu[:4]) == (
+        ["plain", "1.4", "1.9", "1.00"],
+        ["eagle3", "2.3", "3.1", "1.67"],
+        ["confu", "4.7", "6.2", "3.33"],
     )
-    assert (eagle3[4], confu[4], peer[4]) == ("2.00", "3.00", "–")
+    assert (eagle3[5], confu[5], peer[5]) == ("2.00", "3.00", "–")
     assert [cells[header.index("differ")] for cells in (plain, eagle3, confu)] == ["–", "1 of 9", "1 of 9 (1 at a tie)"]
     assert "tau of confu over tau of eagle3, same tree: 1.500" in markdown
     assert "eagle3: 1 answers differ from the plain target&#x27;s beyond rounding" in text
