@@ -12,16 +12,25 @@ import ctypes
 import functools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from confu.native import library
 from confu.rows import MOST_ROWS
 
 LANES, WIDEST = 32, 256  # a head's width in bfloat16: a multiple, and at most so much (tiles.cpp)
+SHAPELESS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def any_shape(device: torch.device) -> AbstractContextManager[object]:
+    """Within it torch's attention uses no kernel of cuDNN, which torch prefers on Hopper GPUs but which plans anew,
+    for tens of milliseconds, whenever a shape is new: here most rounds and batches have new ones."""
+    return sdpa_kernel(SHAPELESS) if device.type == "cuda" else nullcontext()
 
 
 class Attention:
@@ -50,15 +59,14 @@ class Attention:
         keys: Float[Tensor, "B G K W"],
         values: Float[Tensor, "B G K W"],
     ) -> Float[Tensor, "B R HW"]:
-        if self.mask is None:
-            out = scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
-        elif self.tiled is not None:
+        if self.tiled is not None:
             return self._by_tiles(self.tiled, queries.contiguous(), keys, values)
-        else:
-            batch, heads, rows, width = queries.shape
-            folded = queries.reshape(batch, keys.shape[1], -1, width)
-            out = scaled_dot_product_attention(folded, keys, values, attn_mask=self.bias)
-            out = out.reshape(batch, heads, rows, width)
+        with any_shape(queries.device):
+            if self.mask is None:
+                out = scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
+            else:
+                folded = queries.reshape(queries.shape[0], keys.shape[1], -1, queries.shape[3])
+                out = scaled_dot_product_attention(folded, keys, values, attn_mask=self.bias).reshape(queries.shape)
         return out.transpose(1, 2).flatten(2)
 
     def _by_tiles(self, function: Callable[..., None], queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

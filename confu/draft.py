@@ -106,7 +106,7 @@ class DraftModel(nn.Module):
     @property
     def rotary(self) -> nn.Module:
         """cos and sin of positions, in the type of what is to be turned."""
-        return self._rotary[0]
+        return self._rotary[0].to(self.norm.weight.device)
 
     def fuse(self, features: Float[Tensor, "... D3"]) -> Float[Tensor, "... D"]:
         """g = W_fc h: target features to draft width. Never applied to the draft's own recycled state."""

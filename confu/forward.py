@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from confu.attention import any_shape
 from confu.cache import KVCache, PrefixCache
 
 
@@ -61,15 +62,16 @@ class ModelForward:
         *,
         num_logits: int,
     ) -> tuple[Float[Tensor, "B num_logits V"], Float[Tensor, "B R Dlayers"]]:
-        out = self.model(
-            inputs_embeds=embeddings,
-            position_ids=positions,
-            attention_mask=self._attention_mask(mask, cache) if mask is not None else None,
-            past_key_values=cache,
-            use_cache=True,
-            output_hidden_states=list(layers),
-            logits_to_keep=torch.arange(num_logits, device=embeddings.device),
-        )
+        with any_shape(embeddings.device):
+            out = self.model(
+                inputs_embeds=embeddings,
+                position_ids=positions,
+                attention_mask=self._attention_mask(mask, cache) if mask is not None else None,
+                past_key_values=cache,
+                use_cache=True,
+                output_hidden_states=list(layers),
+                logits_to_keep=torch.arange(num_logits, device=embeddings.device),
+            )
         return out.logits, torch.cat([out.hidden_states[layer] for layer in layers], dim=-1)
 
     def _attention_mask(self, mask: Bool[Tensor, "B R K"], cache: KVCache | PrefixCache) -> Tensor | dict[str, Tensor]:

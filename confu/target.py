@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from confu.attention import any_shape
 from confu.cache import KVCache
 from confu.contemplate import Contemplation, tree_rows_mask
 from confu.forward import Forward, ModelForward
@@ -221,7 +222,7 @@ class Target:
         layers = self.future_layers
         if cache is not None:
             cache.open_rows(tokens.shape[1])
-        with torch.no_grad():
+        with torch.no_grad(), any_shape(tokens.device):
             out = self.model(
                 input_ids=tokens,
                 past_key_values=cache,

@@ -130,3 +130,16 @@ def test_without_a_mask_rows_attend_causally(dtype):
     causal = torch.ones(10, 10, dtype=torch.bool).tril().expand(2, -1, -1)
     _, ours = attend(queries, keys, values, None)
     torch.testing.assert_close(ours.double(), by_hand(queries, keys, values, causal), rtol=2**-6, atol=2**-7)
+
+
+def test_no_attention_is_planned_by_shape_on_a_gpu():
+    def enabled() -> list[bool]:
+        cuda = torch.backends.cuda
+        return [cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()]
+
+    before = enabled()
+    with attention.any_shape(torch.device("cuda")):
+        assert enabled() == [False, True, True]
+    assert enabled() == before
+    with attention.any_shape(torch.device("cpu")):
+        assert enabled() == before

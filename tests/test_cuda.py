@@ -8,8 +8,10 @@ from naive import METHODS, build_draft, greedy
 from test_graphs import check_trees, trees_of
 from test_objective import BATCH, trainable
 from tiny_data import tiny_draft
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from confu import graphs
+from confu.attention import Attention
 from confu.config import SamplingConfig, TreeConfig
 from confu.drafter import TreeDrafter
 from confu.generate import Decoder
@@ -112,3 +114,28 @@ def test_sampled_text_is_the_cpus(model8, target8, method):
         results = decoder.generate(PROMPTS_8, SamplingConfig(max_new_tokens=24, temperature=0.9, top_p=0.95, seed=3))
         texts.append([result.token_ids for result in results])
     assert texts[0] == texts[1]
+
+
+class Operators(TorchDispatchMode):
+    """The names of all operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_cudnn_plans_no_attention():
+    """It would, for this head, on a Hopper GPU, and take tens of milliseconds for every new number of keys."""
+    queries = torch.randn(1, 4, 3, 64, device="cuda", dtype=torch.bfloat16)
+    keys = torch.randn(1, 2, 19, 64, device="cuda", dtype=torch.bfloat16)
+    mask = torch.ones(1, 3, 19, dtype=torch.bool, device="cuda")
+    with Operators() as ran:
+        Attention(mask, per_group=2, head_dim=64, dtype=keys.dtype)(queries, keys, keys)
+        Attention(None, per_group=2, head_dim=64, dtype=keys.dtype)(queries, keys[:, :, :3], keys[:, :, :3])
+    attended = {name for name in ran.names if "dot_product" in name}
+    assert len(attended) == 2
+    assert not any("cudnn" in name for name in attended)

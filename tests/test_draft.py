@@ -1,5 +1,6 @@
 """The draft on disk (round trip, refusals) and its arithmetic, against transformers' Llama and plain loops."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -248,3 +249,10 @@ def test_mixture_is_softmax_then_top_k_renormalised(top):
         share = sum(probabilities[e] for e in kept)
         expected = sum(probabilities[e] / share * experts[e] for e in kept)
         np.testing.assert_allclose(ours[place], expected, atol=1e-5)
+
+
+def test_rotary_frequencies_follow_the_weights_and_keep_their_type():
+    """A copy from another device in every forward is slow, and none can be recorded."""
+    draft = copy.deepcopy(tiny_draft("eagle3")).to(torch.bfloat16)
+    assert {buffer.dtype for buffer in draft.rotary.buffers()} == {torch.float32}
+    assert {buffer.device.type for buffer in draft.to("meta").rotary.buffers()} == {"meta"}
