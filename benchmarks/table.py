@@ -6,7 +6,8 @@
 ``<!-- tau:NAME -->`` ... ``<!-- /tau -->`` is filled from benchmarks/results/NAME, ``<!-- bench:NAME -->`` ...
 ``<!-- /bench -->`` from the run of `confu bench` kept there (``bench:A,B,...``: runs side by side;
 ``bench-overall:NAME``: its first table alone),
-``<!-- runs:A,B,... -->`` ... ``<!-- /runs -->`` from the runs A, B, ..., ``<!-- training-table -->`` ...
+``<!-- runs:A,B,... -->`` ... ``<!-- /runs -->`` from the runs A, B, ... (``runs-end:``: how they ended),
+``<!-- training-table -->`` ...
 ``<!-- /training-table -->`` from all runs that are folders, ``<!-- speed:NAME -->`` ... ``<!-- /speed -->`` from
 benchmarks/results/speed/NAME (what `speed.py` left there), ``<!-- throughput -->`` ... ``<!-- /throughput -->`` from
 bench-train.jsonl, and ``<!-- evaluations:NAME -->`` ... ``<!-- /evaluations -->`` from benchmarks/results/NAME.jsonl
@@ -56,7 +57,7 @@ DRAFTS = ROOT / "confu" / "drafts"
 TAU = re.compile(r"(<!-- tau:([\w.-]+) -->\n).*?(<!-- /tau -->)", re.DOTALL)
 BENCH = re.compile(r"(<!-- bench:([\w.,-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 OVERALL = re.compile(r"(<!-- bench-overall:([\w.-]+) -->\n).*?(<!-- /bench-overall -->)", re.DOTALL)
-RUNS = re.compile(r"(<!-- runs:([\w,-]+) -->\n).*?(<!-- /runs -->)", re.DOTALL)
+RUNS = re.compile(r"(<!-- runs(-end)?:([\w,-]+) -->\n).*?(<!-- /runs -->)", re.DOTALL)
 EVALUATIONS = re.compile(r"(<!-- evaluations:([\w-]+) -->\n).*?(<!-- /evaluations -->)", re.DOTALL)
 THROUGHPUT = re.compile(r"(<!-- throughput -->\n).*?(<!-- /throughput -->)", re.DOTALL)
 SPEED = re.compile(r"(<!-- speed:([\w-]+) -->\n).*?(<!-- /speed -->)", re.DOTALL)
@@ -84,7 +85,7 @@ def filled(path: Path) -> str:
     text = TAU.sub(lambda found: found[1] + table(RESULTS / found[2]) + found[3], text)
     text = BENCH.sub(lambda found: found[1] + bench(found[2].split(",")) + found[3], text)
     text = OVERALL.sub(lambda found: found[1] + bench([found[2]], in_full=False) + found[3], text)
-    text = RUNS.sub(lambda found: found[1] + runs(found[2].split(",")) + found[3], text)
+    text = RUNS.sub(lambda found: found[1] + runs(found[3].split(","), QUARTERS[found[2]]) + found[4], text)
     text = EVALUATIONS.sub(lambda found: found[1] + evaluations(found[2]) + found[3], text)
     text = SPEED.sub(lambda found: found[1] + speed(RESULTS / "speed" / found[2]) + found[3], text)
     text = THROUGHPUT.sub(lambda found: found[1] + throughput() + found[2], text)
@@ -171,8 +172,11 @@ def side_by_side(found: list[Findings]) -> Table:
     return Table("All tasks", header, rows)
 
 
-def runs(names: list[str]) -> str:
-    """KL and accuracy of the first and the fourth draft step in training runs, averaged over a quarter of the steps
+QUARTERS = {None: (1, 2, 3, 4), "-end": (4,)}
+
+
+def runs(names: list[str], quarters: tuple[int, ...]) -> str:
+    """KL and accuracy of the first and the fourth draft step in training runs, averaged over quarters of the steps
     that all of them reached. Runs of one table see the same batches, so they may be compared pair by pair."""
     reports = {name: read_metrics(metrics_of(name))[0] for name in names}
     last = min(rows[-1]["step"] for rows in reports.values())
@@ -180,7 +184,7 @@ def runs(names: list[str]) -> str:
         "| run | steps | loss | KL, step 1 | KL, step 4 | accuracy, step 1 | accuracy, step 4 |",
         "|---|---|---|---|---|---|---|",
     ]
-    for quarter in (1, 2, 3, 4):
+    for quarter in quarters:
         for name, rows in reports.items():
             mine = [r for r in rows if last * (quarter - 1) / 4 < r["step"] <= last * quarter / 4]
             if not mine:  # a short run reports less often
