@@ -7,12 +7,13 @@
 ``<!-- /bench -->`` from the run of `confu bench` kept there (``bench:A,B,...``: runs side by side;
 ``bench-overall:NAME``: its first table alone),
 ``<!-- runs:A,B,... -->`` ... ``<!-- /runs -->`` from the runs A, B, ... (``runs-end:``: how they ended),
-``<!-- training-table -->`` ...
-``<!-- /training-table -->`` from all runs that are folders, ``<!-- speed:NAME -->`` ... ``<!-- /speed -->`` from
-benchmarks/results/speed/NAME (what `speed.py` left there), ``<!-- throughput -->`` ... ``<!-- /throughput -->`` from
-bench-train.jsonl, and ``<!-- evaluations:NAME -->`` ... ``<!-- /evaluations -->`` from benchmarks/results/NAME.jsonl
-(losses of drafts on one held-out set). A run is benchmarks/results/training/A.jsonl, or a folder A there with
-config.json, metrics.jsonl and, if there is something to say, a line in note.txt.
+``<!-- training-table -->`` ... ``<!-- /training-table -->`` from all runs that are folders, ``<!-- speed:NAME -->`` ...
+``<!-- /speed -->`` from benchmarks/results/speed/NAME (what `speed.py` left there), ``<!-- throughput -->`` ...
+``<!-- /throughput -->`` from bench-train.jsonl, ``<!-- profile:NAME -->`` ... ``<!-- /profile -->`` from
+benchmarks/results/NAME.json (what `confu bench --profile --json` printed), and ``<!-- evaluations:NAME -->`` ...
+``<!-- /evaluations -->`` from benchmarks/results/NAME.jsonl (losses of drafts on one held-out set). A run is
+benchmarks/results/training/A.jsonl, or a folder A there with config.json, metrics.jsonl and, if there is something to
+say, a line in note.txt.
 
 The model cards of the shipped drafts (confu/drafts/*/README.md) are made here, too: from the files beside them, the
 licences in confu/drafts/README.md, and the rows of tau-shipped.
@@ -30,6 +31,7 @@ from typing import Any
 
 from confu.bench.equality import compare
 from confu.bench.metrics import bootstrap, over, ratio_of_ratios
+from confu.bench.profile import profile_conditions, profile_table
 from confu.bench.results import read_results
 from confu.bench.simulate import prediction_table
 from confu.bench.tables import (
@@ -44,6 +46,7 @@ from confu.bench.tables import (
     overall_table,
     ratio_lines,
     span,
+    versions,
     with_interval,
 )
 from confu.pages.page import NONE
@@ -60,6 +63,7 @@ OVERALL = re.compile(r"(<!-- bench-overall:([\w.-]+) -->\n).*?(<!-- /bench-overa
 RUNS = re.compile(r"(<!-- runs(-end)?:([\w,-]+) -->\n).*?(<!-- /runs -->)", re.DOTALL)
 EVALUATIONS = re.compile(r"(<!-- evaluations:([\w-]+) -->\n).*?(<!-- /evaluations -->)", re.DOTALL)
 THROUGHPUT = re.compile(r"(<!-- throughput -->\n).*?(<!-- /throughput -->)", re.DOTALL)
+PROFILE = re.compile(r"(<!-- profile:([\w-]+) -->\n).*?(<!-- /profile -->)", re.DOTALL)
 SPEED = re.compile(r"(<!-- speed:([\w-]+) -->\n).*?(<!-- /speed -->)", re.DOTALL)
 TRAINING = re.compile(r"(<!-- training-table -->\n).*?(<!-- /training-table -->)", re.DOTALL)
 
@@ -88,6 +92,7 @@ def filled(path: Path) -> str:
     text = RUNS.sub(lambda found: found[1] + runs(found[3].split(","), QUARTERS[found[2]]) + found[4], text)
     text = EVALUATIONS.sub(lambda found: found[1] + evaluations(found[2]) + found[3], text)
     text = SPEED.sub(lambda found: found[1] + speed(RESULTS / "speed" / found[2]) + found[3], text)
+    text = PROFILE.sub(lambda found: found[1] + profile(found[2]) + found[3], text)
     text = THROUGHPUT.sub(lambda found: found[1] + throughput() + found[2], text)
     return TRAINING.sub(lambda found: found[1] + training() + found[2], text)
 
@@ -216,6 +221,15 @@ def throughput() -> str:
     return (
         f"{Table('', header, rows).markdown()}\n\n{run['target']}, {run['dtype']}; {run['machine']}, torch "
         f"{run['torch']}, commit {run['commit'][:10]}, {run['date']}.\n"
+    )
+
+
+def profile(name: str) -> str:
+    found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    run = found["run"]
+    return (
+        f"{profile_table(found['methods']).markdown()}\n\n{profile_conditions(run)} {run['machine']['cpu']}, torch "
+        f"{run['machine']['torch']}, {versions(run)}, {run['date']}.\n"
     )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from confu.native import library
+from confu.native import tiles_function
 from confu.rows import MOST_ROWS
 
 LANES, WIDEST = 32, 256  # a head's width in bfloat16: a multiple, and at most so much (tiles.cpp)
@@ -88,12 +88,6 @@ class Attention:
 @functools.cache
 def _tiles(head_dim: int) -> Callable[..., None] | None:
     """The compiled function, where it can run and takes heads so wide."""
-    functions = library()
-    if functions is None:
+    if head_dim % LANES or head_dim > WIDEST:
         return None
-    if head_dim % LANES or head_dim > WIDEST or not functions.tiles_granted():
-        return None
-    function = functions.attention_bf16
-    function.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 8 + [ctypes.c_float]
-    function.restype = None
-    return function
+    return tiles_function("attention_bf16", [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 8 + [ctypes.c_float])

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from confu.cache import KVCache
 from confu.config import SamplingConfig, TreeConfig
+from confu.contemplate import Contemplation
 from confu.costs import Budget, Costs
 from confu.drafter import Accepted, Drafter
 from confu.rows import rows
@@ -163,7 +164,7 @@ class Decoder:
             # 2. verify the tree in one pass, contemplate rows riding along, walk down the drawn tokens, keep their path
             clock = time.perf_counter()
             num_con = self._num_con(tree, age)
-            verified = self._verify(cache, tree, router_state, num_con)
+            verified = self.target.verify(cache, tree, self._contemplation, num_con=num_con, router_state=router_state)
             drawn = running.sampler.draw(verified.logits, tree, running.seen)
             step = walk(tree, drawn)
             cache.keep(step.path, step.counts)
@@ -215,20 +216,19 @@ class Decoder:
     def _budget(self, batch_size: int) -> Budget | None:
         if self.costs is None or self.drafter is None:
             return None
-        contemplates = self.drafter.contemplation is not None
-        return Budget(self.costs, self.tree, batch_size, contemplates=contemplates)
+        return Budget(self.costs, self.tree, batch_size, contemplates=self._contemplation is not None)
+
+    @property
+    def _contemplation(self) -> Contemplation | None:
+        return self.drafter.contemplation if self.drafter else None
 
     def _num_con(self, tree: Tree, age: int | None) -> int:
         """Contemplate rows of each sequence. Where no tree was worth its time, an f serves l rounds: in training it
         served as many rows."""
-        contemplation, nodes = self.drafter.contemplation if self.drafter else None, tree.tokens.shape[1]
+        contemplation, nodes = self._contemplation, tree.tokens.shape[1]
         if contemplation is None or (nodes == 1 and age is not None and age + 1 < contemplation.replication):
             return 0
         return self.tree.num_con(nodes)
-
-    def _verify(self, cache: KVCache, tree: Tree, router_state: Tensor, num_con: int) -> Verified:
-        contemplation = self.drafter.contemplation if self.drafter else None
-        return self.target.verify(cache, tree, contemplation, num_con=num_con, router_state=router_state)
 
     def _prefill(
         self,
@@ -240,9 +240,8 @@ class Decoder:
     ) -> Float[Tensor, "B D3"]:
         """Bring every prompt but its last token into both caches; returns h of the last one, or zeros if none ran."""
         if not session.fits(len(prompts), self.drafter):
-            contemplation = self.drafter.contemplation if self.drafter else None
             capacity = max(map(len, prompts)) + min(max_new_tokens, ROOM) + 2 * self.tree.nodes
-            session.cache = self.target.new_cache(len(prompts), capacity, contemplation)
+            session.cache = self.target.new_cache(len(prompts), capacity, self._contemplation)
             session.state = self.drafter.new_state(len(prompts), capacity) if self.drafter else None
             session.tokens = [[] for _ in prompts]
             session.drafter = self.drafter

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
-from confu.native import library
+from confu.native import tiles_function
 
 QUANTIZATIONS = ("int8",)
 USUAL_ROWS = 16  # the layout is chosen for about so many; any number works
@@ -146,7 +146,7 @@ def check_quantization(quantization: str | None, device: torch.device | str) -> 
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization is {quantization!r}; give {', '.join(QUANTIZATIONS)}, or leave it out.")
     if torch.device(device).type != "cpu" or not torch.backends.mkldnn.is_available():
-        raise ValueError(f"quantization {quantization} has kernels for the CPU only (oneDNN), not for {device}.")
+        raise ValueError(f"quantization {quantization} has kernels for the CPU only, not for {device}.")
 
 
 def _fits_tiles(weight: Tensor) -> bool:
@@ -157,12 +157,7 @@ def _fits_tiles(weight: Tensor) -> bool:
 @functools.cache
 def _int8_function() -> Callable[..., None] | None:
     """The compiled product, where it can run."""
-    functions = library()
-    if functions is None or not functions.tiles_granted():
-        return None
-    function = functions.int8_product
-    function.argtypes, function.restype = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 3, None
-    return function
+    return tiles_function("int8_product", [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 3)
 
 
 def _can_pack(weight: Tensor) -> bool:

@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -38,6 +39,16 @@ def library() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         logger.info("rows.cpp and tiles.cpp are not used, torch takes their place: %s", error)
         return None
+
+
+def tiles_function(name: str, types: list[type]) -> Callable[..., None] | None:
+    """A compiled function that computes on AMX tiles, where this processor has them."""
+    functions = library()
+    if functions is None or not functions.tiles_granted():
+        return None
+    function = functions[name]
+    function.argtypes, function.restype = types, None
+    return function
 
 
 def build(*more: str) -> Path:

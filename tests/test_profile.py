@@ -16,6 +16,7 @@ from confu.bench.profile import PARTS, TRACED, Clock, record, wrapped
 from confu.cache import KVCache
 from confu.commands.bench import PROFILED
 from confu.config import SamplingConfig, TreeConfig
+from confu.costs import Budget, Costs
 from confu.drafter import TreeDrafter
 from confu.forward import ModelForward
 from confu.generate import Decoder
@@ -33,6 +34,7 @@ PLACES = [
     (torch.nn.functional, "scaled_dot_product_attention"),
     *((generate._Running, name) for name in ("emit", "note_cached", "drop_finished")),
     *((TreeDrafter, name) for name in ("commit", "grow")),
+    *((Budget, name) for name in ("deeper", "nodes")),
     *((KVCache, name) for name in ("update", "keep")),
     (generate, "walk"),
     *((owner, name) for owner, name in ((Target, "verify"), (Sampler, "draw"))),
@@ -125,6 +127,18 @@ def test_the_answer_is_the_same_and_the_parts_are_counted(model, drafts, forward
     if forward is LlamaForward:
         assert counts["logits"] == counts["target"], "the target's head alone, once a forward"
     assert counts["attention"] >= 8 * counts["target"]
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_choosing_the_size_is_a_part_where_trees_adapt(model, drafts, adaptive):
+    target = Target(model, forward=LlamaForward(model))
+    costs = Costs(verify=((1, 5.0), (16, 5.0)), level=((1, 0.1),), commit=((1, 0.1),)) if adaptive else None
+    decoder = Decoder(target, TreeDrafter(drafts["confu"], target), tree=TREE, costs=costs)
+    clock = Clock(target.device)
+    with wrapped(decoder, clock.wrap):
+        decoder.generate([PROMPT], SamplingConfig(max_new_tokens=9))
+    assert (clock.seconds["draft grow", "size"] > 0) == adaptive
+    assert clock.seconds["draft grow", "products"] > 0
 
 
 # ---------------------------------------------------------------- the trace

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from made_rows import results, row
 
+from confu.bench.profile import PARTS
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -72,6 +74,40 @@ def test_runs_are_compared_by_their_reports_alone(table, tmp_path):
         "| folder | 40 to 40 | 41.000 | 1.000 | 4.000 | 0.500 | 0.200 |",
         "| flat | 40 to 40 | 42.000 | 1.000 | 4.000 | 0.500 | 0.200 |",
     ]
+
+
+def test_runs_end_shows_their_last_quarter(table, tmp_path):
+    add_run(tmp_path / "results", "folder", {"method": "eagle3", "init": None})
+    (tmp_path / "docs" / "log.md").write_text("<!-- runs-end:folder -->\n<!-- /runs -->\n")
+    assert table.main() == 0
+    lines = (tmp_path / "docs" / "log.md").read_text().splitlines()
+    assert lines[3:] == ["| folder | 40 to 40 | 41.000 | 1.000 | 4.000 | 0.500 | 0.200 |", "<!-- /runs -->"]
+
+
+def test_a_profile_shows_milliseconds_and_shares(table, tmp_path):
+    parts = {part: {"milliseconds": 0.0, "share": 0.0} for part in PARTS}
+    parts |= {"target: products": {"milliseconds": 15.0, "share": 0.75}, "loop": {"milliseconds": 5.0, "share": 0.25}}
+    method = {"parts": parts, "round_milliseconds": 20.0, "tokens_per_round": 2.5, "tokens_per_second": 125.0}
+    method |= {"tokens_per_second_profiled": 120.0, "overhead": 0.96}
+    machine = {"cpu": "Abacus", "torch": "2.13.0", "threads": 2, "confu": "0.1.0"}
+    run = {"num_questions": 3, "suite": "spec-bench", "target": "small", "dtype": "bfloat16", "device": "cpu"}
+    run |= {"machine": machine, "batch_size": 1, "commits": [{"commit": "0123456789ab", "modified": False}]}
+    (tmp_path / "results").mkdir()
+    document = {"methods": {"plain": method}, "run": run | {"date": "2026-11-27"}}
+    (tmp_path / "results" / "one.json").write_text(json.dumps(document))
+    (tmp_path / "docs" / "speed.md").write_text("<!-- profile:one -->\n<!-- /profile -->\n")
+    assert table.main() == 0
+    text = (tmp_path / "docs" / "speed.md").read_text()
+    lines = text.splitlines()
+    assert lines[1:6] == [
+        "| ms, % | plain |",
+        "| --- | --- |",
+        "| target: products | 15.00  75.0 |",
+        "| loop | 5.00  25.0 |",
+        "| a round | 20.00 100.0 |",
+    ]
+    assert "3 questions of spec-bench, small in bfloat16 on cpu, 2 threads, batch 1" in text
+    assert "Abacus, torch 2.13.0, commit 0123456789, 2026-11-27." in text
 
 
 def test_a_run_that_was_cut_off_shows_the_quarters_it_has(table, tmp_path):

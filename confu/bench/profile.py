@@ -30,6 +30,7 @@ from confu.bench.run import prompt_ids
 from confu.bench.tables import Table
 from confu.cache import KVCache
 from confu.config import BenchConfig, SamplingConfig
+from confu.costs import Budget
 from confu.generate import Decoder
 from confu.models import Progress
 from confu.pages.page import NONE, number
@@ -41,6 +42,7 @@ from confu.verify import Sampler
 TRACED = 5  # rounds
 
 PRODUCTS, ATTENTION, ROWS, WRITES, LOGITS = "products", "attention", "rows", "keys and values", "logits"
+SIZE = "size"
 TARGET, DRAW, KEEP, COMMIT, GROW, HOST = (
     "target",
     "draw and walk",
@@ -50,7 +52,7 @@ TARGET, DRAW, KEEP, COMMIT, GROW, HOST = (
     "bookkeeping",
 )
 REST, LOOP = "rest", "loop"
-INSIDE = {TARGET: (PRODUCTS, ATTENTION, ROWS, WRITES, LOGITS, REST), GROW: (PRODUCTS, REST)}
+INSIDE = {TARGET: (PRODUCTS, ATTENTION, ROWS, WRITES, LOGITS, REST), GROW: (PRODUCTS, SIZE, REST)}
 PARTS = [
     f"{step}: {part}" if part else step
     for step in (TARGET, DRAW, KEEP, COMMIT, GROW, HOST, LOOP)
@@ -135,9 +137,8 @@ def profile_methods(
     return profiles
 
 
-def profile_table(profiles: dict[str, Profile]) -> Table:
-    """Parts down, methods across; parts that no method has are left out."""
-    found = {name: profile.as_dict() for name, profile in profiles.items()}
+def profile_table(found: dict[str, dict[str, Any]]) -> Table:
+    """`Profile.as_dict` of each method: parts down, methods across; parts that no method has are left out."""
 
     def row(name: str, cell: Callable[[dict[str, Any]], str]) -> list[str]:
         return [name, *map(cell, found.values())]
@@ -148,7 +149,7 @@ def profile_table(profiles: dict[str, Profile]) -> Table:
     lines = [
         row(part, lambda values, part=part: timed(*values["parts"][part].values()))
         for part in PARTS
-        if any(profile.seconds[part] for profile in profiles.values())
+        if any(values["parts"][part]["milliseconds"] for values in found.values())
     ]
     lines += [
         row("a round", lambda values: timed(values["round_milliseconds"], 1.0)),
@@ -157,7 +158,16 @@ def profile_table(profiles: dict[str, Profile]) -> Table:
         row("under the clock", lambda values: number(values["tokens_per_second_profiled"], 1)),
         row("ratio", lambda values: number(values["overhead"], 3)),
     ]
-    return Table("Where a round's time goes", ["ms, %", *profiles], lines)
+    return Table("Where a round's time goes", ["ms, %", *found], lines)
+
+
+def profile_conditions(run: dict[str, Any]) -> str:
+    """On what it was measured, by what `describe` says of the run."""
+    return (
+        f"{run['num_questions']} questions of {run['suite']}, {run['target']} in {run['dtype']} on {run['device']}, "
+        f"{run['machine']['threads']} threads, batch {run['batch_size']}; prefill left out; the clock's own time is in "
+        "the parts, mostly in each rest."
+    )
 
 
 class Clock:
@@ -215,6 +225,7 @@ def wrapped(decoder: Decoder, wrap: Wrap) -> Iterator[None]:
     ]
     if decoder.drafter is not None:
         named += [(COMMIT, type(decoder.drafter), ("commit",)), (GROW, type(decoder.drafter), ("grow",))]
+        named.append((SIZE, Budget, ("deeper", "nodes")))
     places += [(owner, name, wrap(part, getattr(owner, name))) for part, owner, names in named for name in names]
     before = [(owner, name, vars(owner).get(name)) for owner, name, _ in places]
     try:

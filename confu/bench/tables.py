@@ -245,11 +245,11 @@ def conditions(results: Results) -> str:
         f"{run['target']} in {run['dtype']}{rounded}, temperature {run['temperature']:g}, at most "
         f"{run['max_new_tokens']} new tokens, {tree}batch {run['batch_size']}, seed {run['seed']}; "
         f"{machine['cpu']}, {machine['threads']} threads, {run['device']}, torch {machine['torch']}, "
-        f"transformers {machine['transformers']}, {_versions(run)}, {' to '.join(dates)}."
+        f"transformers {machine['transformers']}, {versions(run)}, {' to '.join(dates)}."
     )
 
 
-def _versions(run: dict[str, Any]) -> str:
+def versions(run: dict[str, Any]) -> str:
     """Every commit that it was run at."""
     commits = [
         f"{one['commit'][:10] if one['commit'] else 'version ' + run['machine']['confu']}"

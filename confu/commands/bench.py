@@ -150,19 +150,14 @@ def show_results(terminal: Terminal, path: Path, out: Path) -> bool:
 
 
 def show_profiles(terminal: Terminal, profiles: dict[str, Profile], run: dict[str, Any]) -> int:
-    from confu.bench.profile import profile_table
+    from confu.bench.profile import profile_conditions, profile_table
 
+    methods = {name: profile.as_dict() for name, profile in profiles.items()}
     if terminal.json:
-        methods = {name: profile.as_dict() for name, profile in profiles.items()}
         terminal.document(methods=methods, run=run)
         return 0
-    terminal.write(f"{profile_table(profiles).text()}\n")
-    terminal.say(
-        f"{run['num_questions']} questions of {run['suite']}, {run['target']} in {run['dtype']} on {run['device']}, "
-        f"{run['machine']['threads']} threads, batch {run['batch_size']}; prefill left out; the clock's own time is in "
-        "the parts, mostly in each rest. Traces open in chrome://tracing or Perfetto.",
-        style="dim",
-    )
+    terminal.write(f"{profile_table(methods).text()}\n")
+    terminal.say(f"{profile_conditions(run)} Traces open in chrome://tracing or Perfetto.", style="dim")
     for profile in profiles.values():
         terminal.write(f"{profile.trace}\n")
     return 0
