@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from confu.host import upload
+
 
 class KVCache(Cache):
     """Keys and values of ``num_layers`` layers for ``batch_size`` sequences of up to ``capacity`` tokens.
@@ -65,7 +67,7 @@ class KVCache(Cache):
         return self.num_soft - self._view.start
 
     def lengths_tensor(self) -> Int[Tensor, " B"]:
-        return torch.tensor(self.lengths, device=self.keys.device)
+        return upload(self.lengths, self.keys.device)
 
     def write_soft(
         self, keys: Float[Tensor, "L B heads S head_dim"], values: Float[Tensor, "L B heads S head_dim"]
@@ -167,7 +169,7 @@ class KVCache(Cache):
 
     def select(self, sequences: list[int]) -> None:
         """Keep only these sequences of the batch, in this order."""
-        index = torch.tensor(sequences, device=self.keys.device)
+        index = upload(sequences, self.keys.device)
         self.keys, self.values = self.keys.index_select(1, index), self.values.index_select(1, index)
         self.lengths = [self.lengths[i] for i in sequences]
         self._batch = self._batch[: len(sequences)]

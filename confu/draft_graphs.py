@@ -45,7 +45,8 @@ class GraphGrowth:
         cache.copy_first_slots(store.kv.starts[:batch])
         found = [tensor[:batch] for tensor in graph.recorded()]
         if budget is None:
-            return Tree(*(tensor.clone() for tensor in found))  # the next replay writes the same tensors
+            kept = (tensor.clone() for tensor in found)  # the next replay writes the same tensors
+            return Tree(*kept, height=min(config.depth, config.nodes - 1))
         candidates = Candidates()
         candidates.tokens, candidates.parents, candidates.scores = (found[part::3] for part in range(3))
         return candidates.prune(state.root, config.nodes, budget)

@@ -22,6 +22,7 @@ from confu.draft import DraftModel
 from confu.draft_forward import DraftForward, Turn
 from confu.draft_graphs import GraphGrowth
 from confu.graphs import GraphForward
+from confu.host import upload
 from confu.rows import rows
 from confu.target import Target
 from confu.tree import Candidates, Frontier, Tree, take
@@ -145,7 +146,7 @@ class TreeDrafter:
         one, from which the next tree grows, is run to its output."""
         draft, cache, counts = self.forward, state.cache, accepted.counts
         device = accepted.tokens.device
-        last = (torch.tensor(counts, device=device) - 1).clamp(min=0)[:, None]
+        last = (upload(counts, device) - 1).clamp(min=0)[:, None]
         num_rows = accepted.tokens.shape[1]
 
         following = accepted.tokens.roll(-1, dims=1).scatter(1, last, accepted.next_tokens[:, None])

@@ -23,7 +23,7 @@ from confu.config import SamplingConfig, TreeConfig
 from confu.contemplate import Contemplation
 from confu.costs import Budget, Costs
 from confu.drafter import Accepted, Drafter
-from confu.rows import rows
+from confu.host import upload
 from confu.stats import Stats
 from confu.target import Target, Verified
 from confu.text import TextStream
@@ -166,7 +166,7 @@ class Decoder:
             num_con = self._num_con(tree, age)
             verified = self.target.verify(cache, tree, self._contemplation, num_con=num_con, router_state=router_state)
             drawn = running.sampler.draw(verified.logits, tree, running.seen)
-            step = walk(tree, drawn)
+            step = walk(tree, drawn, verified.logits)
             cache.keep(step.path, step.counts)
             verify_seconds = time.perf_counter() - clock
 
@@ -174,13 +174,12 @@ class Decoder:
             clock = time.perf_counter()
             round_tokens = tree.tokens.gather(1, step.path)  # [B, M]
             features = take(verified.features, step.path)
-            last = self._tensor(step.counts)[:, None] - 1
-            router_state = take(features, last)[:, 0]
+            router_state = take(features, step.last)[:, 0]
             if self.drafter is not None:
                 keeps = num_con == 0 and age is not None
                 self.drafter.commit(state, _accepted(round_tokens, step, features, verified, keeps_future=keeps))
                 age = 0 if num_con else None if age is None else age + 1
-            running.note_cached(session, round_tokens, step.counts)
+            running.note_cached(session, step, round_tokens)
             draft_seconds = time.perf_counter() - clock
 
             # 4. emit
@@ -188,7 +187,7 @@ class Decoder:
             if is_round:
                 stats.target_seconds += verify_seconds
                 stats.draft_seconds += draft_seconds
-            tokens = running.emit(tree, step, round_tokens, verified.logits, is_round=is_round)
+            tokens = running.emit(step, is_round=is_round)
             del verified  # its logits are the largest part of a round
             if budget is not None:
                 budget.note(sum(step.counts) - len(step.counts))
@@ -201,7 +200,9 @@ class Decoder:
             alive = running.drop_finished()
             if not alive:
                 return
+            bonus = step.bonus
             if len(alive) < len(step.counts):
+                bonus = bonus[alive]
                 cache.select(alive)
                 session.tokens = [session.tokens[i] for i in alive]
                 router_state = router_state[alive]
@@ -210,7 +211,7 @@ class Decoder:
                 if budget is not None:
                     budget.resize(len(alive))
             clock = time.perf_counter()
-            tree = self.drafter.grow(state, self.tree, budget) if self.drafter else root_only(step.bonus[alive])
+            tree = self.drafter.grow(state, self.tree, budget) if self.drafter else root_only(bonus)
             stats.draft_seconds += time.perf_counter() - clock
 
     def _budget(self, batch_size: int) -> Budget | None:
@@ -294,7 +295,7 @@ class Decoder:
             raise ValueError("Stop strings need the tokenizer; give one to the Decoder, or leave stop empty.")
 
     def _tensor(self, values: Any) -> Int[Tensor, "..."]:
-        return torch.tensor(values, device=self.target.device)
+        return upload(values, self.target.device)
 
 
 class _Running:
@@ -327,41 +328,31 @@ class _Running:
             for row, prompt in zip(self.seen, prompts, strict=True):
                 row[list(prompt)] = True
 
-    def note_cached(self, session: Session, round_tokens: Tensor, counts: list[int]) -> None:
+    def note_cached(self, session: Session, step: Walk, round_tokens: Int[Tensor, "B M"]) -> None:
         """Write down which tokens the caches now hold, and, for the repetition penalty, which were seen."""
-        for tokens, row, count in zip(session.tokens, round_tokens.tolist(), counts, strict=True):
-            tokens += row[:count]
+        for tokens, new in zip(session.tokens, step.tokens, strict=True):
+            tokens += new
         if self.seen is not None:
             self.seen.scatter_(1, round_tokens[:, :1], True)
-            for seen, row, count in zip(self.seen, round_tokens, counts, strict=True):
+            for seen, row, count in zip(self.seen, round_tokens, step.counts, strict=True):
                 seen[row[:count]] = True
 
-    def emit(
-        self, tree: Tree, step: Walk, round_tokens: Tensor, logits: Float[Tensor, "B N V"], *, is_round: bool
-    ) -> list[Token]:
+    def emit(self, step: Walk, *, is_round: bool) -> list[Token]:
         """The new tokens of this round, cut exactly at EOS, a stop string or the limit."""
-        width = round_tokens.shape[1]
-        at = (self.decoder._tensor(step.counts) - 1)[:, None]
-        drawn = round_tokens.roll(-1, dims=1).scatter(1, at, step.bonus[:, None])  # token drawn at each path node
-        logprobs = rows().log_probs(logits, step.path, drawn).tolist()
-        rejected = _best_untaken(tree, step) if is_round else [()] * len(step.counts)
         tokens: list[Token] = []
-        for row, (ids, count) in enumerate(zip(drawn.tolist(), step.counts, strict=True)):
+        for row, (ids, count) in enumerate(zip(step.drawn, step.counts, strict=True)):
             sequence, kept = self.sequences[row], 0
-            assert count <= width
             for place in range(count):
                 from_draft = place < count - 1
-                token = self._token(
-                    row, ids[place], logprobs[row][place], from_draft, () if from_draft else rejected[row]
-                )
-                tokens.append(token)
+                untaken = step.untaken[row] if is_round and not from_draft else ()
+                tokens.append(self._token(row, ids[place], step.logprobs[row][place], from_draft, untaken))
                 kept += 1
-                if token.finish_reason:
+                if tokens[-1].finish_reason:
                     self.finished[row] = True
                     break
             self.stats.num_tokens += kept
             if is_round:
-                self.stats.num_draft_tokens += int(tree.valid[row].sum()) - 1
+                self.stats.num_draft_tokens += step.num_drafted[row]
                 self.stats.round_lengths[sequence].append(kept)
                 self.stats.round_accepted[sequence].append(min(kept, count - 1))
         self.started = True
@@ -406,22 +397,3 @@ def _accepted(
     anchors = (carries.any(1) * order).cummax(1).values
     contemplated = carries.to(torch.uint8).argmax(1).gather(1, anchors)
     return Accepted(round_tokens, step.counts, step.bonus, features, take(verified.future, contemplated), anchors)
-
-
-def _best_untaken(tree: Tree, step: Walk) -> list[tuple[int, ...]]:
-    """Tokens of the draft's best-scored path from the last accepted node, which the target left; empty at a leaf."""
-    last = step.path.gather(1, torch.tensor(step.counts, device=step.path.device)[:, None] - 1)
-    below = tree.ancestors.gather(2, last[:, None, :].expand(-1, tree.tokens.shape[1], -1))[:, :, 0] & tree.valid
-    below = below.scatter(1, last, False)
-    paths: list[tuple[int, ...]] = []
-    for row in range(len(step.counts)):
-        nodes = below[row].nonzero()[:, 0]
-        if len(nodes) == 0:
-            paths.append(())
-            continue
-        # Among the deepest continuations, the one the draft believed most.
-        depth = tree.depths[row, nodes]
-        best = nodes[(depth * 1e4 + tree.scores[row, nodes]).argmax()]
-        on_path = (tree.ancestors[row, best] & below[row]).nonzero()[:, 0]
-        paths.append(tuple(tree.tokens[row, on_path].tolist()))
-    return paths

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
 from confu.config import TreeConfig
 from confu.costs import Budget
 from confu.drafter import Accepted
+from confu.host import upload
 from confu.target import Target
 from confu.tree import Tree, chain
 
@@ -65,9 +64,9 @@ class Lookup:
         length = min(config.depth, config.nodes - 1)
         drafts = [self._following(state, sequence, length) for sequence in range(len(state.roots))]
         width = max(map(len, drafts))
-        padded = torch.tensor([d + [0] * (width - len(d)) for d in drafts], dtype=torch.int64, device=self.device)
-        counts = torch.tensor([len(d) for d in drafts], device=self.device)
-        return chain(torch.tensor(state.roots, device=self.device), padded, counts)
+        padded = upload([d + [0] * (width - len(d)) for d in drafts], self.device)
+        counts = upload([len(d) for d in drafts], self.device)
+        return chain(upload(state.roots, self.device), padded, counts)
 
     def _following(self, state: LookupState, sequence: int, length: int) -> list[int]:
         tokens, ends, root = state.tokens[sequence], state.ends[sequence], state.roots[sequence]

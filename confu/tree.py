@@ -31,6 +31,8 @@ class Tree:
     """``[b, i, j]``: j is i or an ancestor of i."""
     scores: Float[Tensor, "B N"]
     """Sum of the draft's log-probabilities from the root; 0 at the root, -inf for padding."""
+    height: int
+    """Levels below the root at most, as the host knows it."""
 
     @property
     def valid(self) -> Bool[Tensor, "B N"]:
@@ -48,8 +50,11 @@ def take(rows: Float[Tensor, "B R W"], index: Int[Tensor, "B I"]) -> Float[Tenso
     return rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2]))
 
 
-def from_parents(tokens: Int[Tensor, "B N"], parents: Int[Tensor, "B N"], scores: Float[Tensor, "B N"]) -> Tree:
-    """Depths and ancestor mask from parent pointers (parents before children). One small step per level."""
+def from_parents(
+    tokens: Int[Tensor, "B N"], parents: Int[Tensor, "B N"], scores: Float[Tensor, "B N"], height: int | None = None
+) -> Tree:
+    """Depths and ancestor mask from parent pointers (parents before children). One small step per level. Without a
+    known ``height`` it is taken for the largest possible."""
     num_nodes = tokens.shape[1]
     ancestors = torch.eye(num_nodes, dtype=torch.bool, device=tokens.device).expand(len(tokens), -1, -1)
     valid = scores > -torch.inf
@@ -57,7 +62,8 @@ def from_parents(tokens: Int[Tensor, "B N"], parents: Int[Tensor, "B N"], scores
     reach = torch.zeros_like(ancestors).scatter(2, parents[:, :, None], valid[:, :, None]) | ancestors
     for _ in range(max(num_nodes - 1, 1).bit_length()):
         reach = (reach.float() @ reach.float()) > 0
-    return Tree(tokens, parents, reach.sum(2) - 1, reach, scores)
+    height = num_nodes - 1 if height is None else min(height, num_nodes - 1)
+    return Tree(tokens, parents, reach.sum(2) - 1, reach, scores, height)
 
 
 def root_only(tokens: Int[Tensor, " B"]) -> Tree:
@@ -132,6 +138,7 @@ class Candidates:
             torch.cat([root[:, None], tokens.gather(1, best)], dim=1),
             torch.cat([zero, nodes], dim=1),
             torch.cat([zero.to(scores.dtype), scores.gather(1, best)], dim=1),
+            len(self.tokens),
         )
 
 

@@ -24,29 +24,85 @@ Warper = Callable[[Float[Tensor, "R V"]], Float[Tensor, "R V"]]
 
 @dataclass(frozen=True)
 class Walk:
-    """The accepted path of each tree and the token drawn behind it."""
+    """The accepted path of each tree and the token drawn behind it, on the device and as the host needs them."""
 
     path: Int[Tensor, "B M"]
     """Node indices, ascending from the root; padded by unaccepted nodes."""
-    counts: list[int]
-    """Accepted nodes, the root included."""
+    last: Int[Tensor, "B 1"]
+    """Where on its path the last accepted node is."""
     bonus: Int[Tensor, " B"]
     """The target's own token after the last accepted node."""
+    counts: list[int]
+    """Accepted nodes, the root included."""
+    tokens: list[list[int]]
+    """Those of the accepted nodes."""
+    drawn: list[list[int]]
+    """The token drawn at each accepted node: the next one's, and behind the last the bonus."""
+    logprobs: list[list[float]]
+    """Log-probabilities of the drawn tokens, where logits were given."""
+    untaken: list[tuple[int, ...]]
+    """Tokens of the draft's best-scored path from the last accepted node, which the target left; empty at a leaf."""
+    num_drafted: list[int]
+    """Nodes of each tree, without root and padding."""
 
 
-def walk(tree: Tree, drawn: Int[Tensor, "B N"]) -> Walk:
+def walk(tree: Tree, drawn: Int[Tensor, "B N"], logits: Float[Tensor, "B N V"] | None = None) -> Walk:
     """Follow the drawn tokens: a node is accepted when it and all its ancestors equal what their parents drew.
 
-    The counts go to the host: how many rows the caches keep is decided there.
+    How many rows the caches keep is decided on the host. All that it wants to know of a round goes there at once, since
+    the device stands still while it is asked.
     """
     agrees = (tree.tokens == drawn.gather(1, tree.parents)) & tree.valid
     agrees[:, 0] = True
     accepted = (~tree.ancestors | agrees[:, None, :]).all(dim=2) & tree.valid
-    counts = accepted.sum(1)
-    host_counts: list[int] = counts.tolist()
-    path = (~accepted).to(torch.uint8).sort(dim=1, stable=True).indices[:, : max(host_counts)]
-    last = path.gather(1, counts[:, None] - 1)
-    return Walk(path, host_counts, drawn.gather(1, last)[:, 0])
+    num_accepted = accepted.sum(1, keepdim=True)
+    last, width = num_accepted - 1, tree.height + 1
+    path = _first(accepted)[:, :width]
+    end = path.gather(1, last)
+    bonus = drawn.gather(1, end)
+    told = tree.tokens.gather(1, path).roll(-1, dims=1).scatter(1, last, bonus)
+    ahead = _best_ahead(tree, end)
+    parts = [
+        num_accepted,
+        tree.valid.sum(1, keepdim=True) - 1,
+        ahead.sum(1, keepdim=True),
+        tree.tokens[:, :1],
+        told,
+        tree.tokens.gather(1, _first(ahead)[:, :width]),
+    ]
+    if logits is not None:
+        parts.append(rows().log_probs(logits, path, told).double().view(torch.int64))
+    numbers, roots, told_there, ahead_there, *logprobs = (
+        torch.cat(parts, dim=1)
+        .cpu()
+        .split([3, 1, told.shape[1], told.shape[1], *[told.shape[1]] * (logits is not None)], dim=1)
+    )
+    counts, num_drafted, num_ahead = (column.tolist() for column in numbers.unbind(1))
+    ids = [row[:count] for row, count in zip(told_there.tolist(), counts, strict=True)]
+    return Walk(
+        path[:, : max(counts)],
+        last,
+        bonus[:, 0],
+        counts,
+        [[root, *row[:-1]] for [root], row in zip(roots.tolist(), ids, strict=True)],
+        ids,
+        logprobs[0].contiguous().view(torch.float64).tolist() if logprobs else [],
+        [tuple(row[:count]) for row, count in zip(ahead_there.tolist(), num_ahead, strict=True)],
+        num_drafted,
+    )
+
+
+def _first(chosen: Bool[Tensor, "B N"]) -> Int[Tensor, "B N"]:
+    """Indices of the chosen nodes, ascending, before those of the others."""
+    return (~chosen).to(torch.uint8).sort(dim=1, stable=True).indices
+
+
+def _best_ahead(tree: Tree, end: Int[Tensor, "B 1"]) -> Bool[Tensor, "B N"]:
+    """Nodes of the draft's best path below the node ``end``: of its deepest continuations, the one it believed most."""
+    below = tree.ancestors.gather(2, end[:, None].expand(-1, tree.tokens.shape[1], -1))[:, :, 0] & tree.valid
+    below = below.scatter(1, end, False)
+    best = (tree.depths * 1e4 + tree.scores).masked_fill(~below, -torch.inf).argmax(1, keepdim=True)
+    return tree.ancestors.gather(1, best[:, :, None].expand(-1, -1, below.shape[1]))[:, 0] & below
 
 
 class Sampler:

@@ -1,6 +1,7 @@
 """What differs on a GPU: losses and gradients in training, all nodes drawing at once, and that text is the CPU's."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from confu.config import SamplingConfig, TreeConfig
 from confu.drafter import TreeDrafter
 from confu.generate import Decoder
 from confu.load import pack
+from confu.stats import Stats
 from confu.target import Target
 from confu.training.objective import losses
 from confu.tree import chain
@@ -74,6 +76,28 @@ def test_compiled_trees_are_those_that_grow_without(model, compiled, drafts, met
         drafter = TreeDrafter(copy.deepcopy(drafts[method]).cuda(), target)
         found.append(trees_of(Decoder(target, drafter, tree=TreeConfig(nodes=12, depth=4, topk=4)), PROMPTS))
     check_trees(*found)
+
+
+@pytest.mark.parametrize("method", ["eagle3", "confu-head"])
+def test_a_round_waits_for_the_device_once(model, drafts, method):
+    target = on_gpu(model)
+    decoder = Decoder(target, TreeDrafter(copy.deepcopy(drafts[method]).cuda(), target), tree=TreeConfig(nodes=12))
+
+    def waits(new_tokens: int) -> tuple[int, int]:
+        """How often it did for an answer, and the answer's rounds."""
+        stats, sampling = Stats(), SamplingConfig(max_new_tokens=new_tokens, ignore_eos=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                decoder.generate(PROMPTS[:1], sampling, stats=stats)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return sum("synchronizing" in str(warning.message) for warning in caught), stats.num_rounds
+
+    (short, few), (long, many) = waits(8), waits(40)
+    assert many > few
+    assert long - short == many - few
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

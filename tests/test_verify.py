@@ -4,6 +4,7 @@ import math
 from collections import Counter
 
 import naive
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -52,6 +53,19 @@ def follow(tree: Tree, row: int, drawn: list[int]) -> tuple[list[int], int]:
     return line, drawn[line[-1]]
 
 
+def best_ahead(tree: Tree, row: int, end: int) -> tuple[int, ...]:
+    """Tokens below ``end`` on the best-scored of the deepest paths through it, by going up from every node."""
+    paths = []
+    for node in range(1, tree.tokens.shape[1]):
+        line = [node]
+        while line[0] not in (0, end):
+            line.insert(0, tree.parents[row, line[0]].item())
+        if line[0] == end and len(line) > 1 and tree.valid[row, node]:
+            score = np.float32(tree.depths[row, node].item()) * np.float32(1e4) + np.float32(tree.scores[row, node])
+            paths.append((score, -node, tuple(tree.tokens[row, line[1:]].tolist())))
+    return max(paths)[2] if paths else ()
+
+
 @settings(max_examples=150)
 @given(tree=trees(), data=st.data())
 def test_walk_follows_the_drawn_tokens(tree, data):
@@ -61,9 +75,17 @@ def test_walk_follows_the_drawn_tokens(tree, data):
         for b in range(batch):
             if tree.valid[b, node] and data.draw(st.booleans()):
                 drawn[b, tree.parents[b, node]] = tree.tokens[b, node]
-    step = walk(tree, drawn)
+    logits = torch.randn(batch, num_nodes, 5, generator=torch.Generator().manual_seed(0))
+    step = walk(tree, drawn, logits)
     for b in range(batch):
         line, bonus = follow(tree, b, drawn[b].tolist())
+        assert step.tokens[b] == tree.tokens[b, line].tolist()
+        assert step.drawn[b] == drawn[b, line].tolist()
+        expected = [logits[b, node].log_softmax(-1)[drawn[b, node]].item() for node in line]
+        assert step.logprobs[b][: len(line)] == pytest.approx(expected, abs=1e-6)
+        assert step.untaken[b] == best_ahead(tree, b, line[-1])
+        assert step.num_drafted[b] == int(tree.valid[b].sum()) - 1
+        assert step.last[b, 0] == len(line) - 1
         assert step.counts[b] == len(line)
         assert step.path[b, : len(line)].tolist() == line
         assert step.bonus[b] == bonus
@@ -226,11 +248,11 @@ def test_a_biased_walk_breaks_the_law(target8, model8, drafters8, monkeypatch):
     def everywhere(sampler: Sampler, logits: torch.Tensor, tree: Tree, uniform: torch.Tensor) -> torch.Tensor:
         return invert_cdf(sampler.probabilities(logits), uniform)  # such a child, too, needs a token behind it
 
-    def biased(tree: Tree, drawn: torch.Tensor) -> Walk:
+    def biased(tree: Tree, drawn: torch.Tensor, logits: torch.Tensor) -> Walk:
         if tree.tokens.shape[1] > 1:  # node 1 is always a child of the root
             lucky = torch.arange(len(drawn)) % 10 == 0
             drawn[:, 0] = torch.where(lucky, tree.tokens[:, 1], drawn[:, 0])
-        return walk(tree, drawn)
+        return walk(tree, drawn, logits)
 
     monkeypatch.setattr(Sampler, "_draw_on_path", everywhere)
     monkeypatch.setattr(generate, "walk", biased)
