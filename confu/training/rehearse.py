@@ -28,6 +28,7 @@ from confu.training.schedule import micro_batches_per_epoch, step_plan
 from confu.training.start import add_contemplation, confu_config, eagle3_config, new_eagle3, start_draft
 
 TIMED_STEPS = 3
+BENCH_STEPS, YARDSTICK_SECONDS = 6, 0.5
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Throughput:
     gflops_per_token: float
     """Needed matrix products (`confu.cost`), in billions of operations."""
     share_of_matmul: float
-    """Their rate over this process's rate in plain matrix products of the same type, before and after the step."""
+    """Their rate over this process's rate in plain matrix products of the same type, taking turns with the steps."""
     peak_bytes: int
     """Most memory of this process so far; on a GPU, of the device since the last length."""
 
@@ -155,14 +156,16 @@ def bench(config: TrainConfig, target: Target, lengths: list[int]) -> list[Throu
         if target.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(target.device)
         trainer.step(0, members)  # allocations and kernels are chosen here
-        timed, rates = [], [matmul_rate(target.dtype, target.device)]
-        for number in range(1, TIMED_STEPS + 1):
-            seconds, supervised = _timed(trainer, number, members)
-            rates.append(matmul_rate(target.dtype, target.device))
-            timed.append((seconds, supervised, statistics.mean(rates[-2:])))
-        seconds, supervised, rate = statistics.median_low(timed)
-        operations = count * step_flops(target, draft.config, spans, config.ttt_steps).total
-        tokens = count * length
+        # What is measured takes turns, and all of it counts: a machine may change its pace within a step.
+        seconds = supervised = 0.0
+        yardstick = [matmul_seconds(target.dtype, target.device)]
+        for number in range(1, BENCH_STEPS + 1):
+            took, rows = _timed(trainer, number, members)
+            seconds, supervised = seconds + took, supervised + rows
+            yardstick.append(matmul_seconds(target.dtype, target.device))
+        rate = sum(done for done, _ in yardstick) / sum(took for _, took in yardstick)
+        operations = BENCH_STEPS * count * step_flops(target, draft.config, spans, config.ttt_steps).total
+        tokens = BENCH_STEPS * count * length
         found.append(
             Throughput(
                 length,
@@ -187,13 +190,13 @@ def _timed(trainer: Trainer, number: int, members: list[list[int]]) -> tuple[flo
     return time.perf_counter() - began, result.num_supervised
 
 
-def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations per second of plain square matrix products: the best of several, as a yardstick."""
+def matmul_seconds(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """Operations of plain square matrix products, and the seconds they took, as a yardstick."""
     size = 4096 if device.type == "cuda" else 1024
     left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    times = []
-    for _ in range(10):
-        began = time.perf_counter()
+    (left @ right)[0, 0].item()  # its kernel is chosen here
+    count, began = 0, time.perf_counter()
+    while (took := time.perf_counter() - began) < YARDSTICK_SECONDS:
         (left @ right)[0, 0].item()
-        times.append(time.perf_counter() - began)
-    return 2 * size**3 / min(times)
+        count += 1
+    return 2.0 * size**3 * count, took
