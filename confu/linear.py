@@ -105,7 +105,7 @@ def product(
 ) -> nn.Module:
     """The fastest product for where ``weight`` lies and what it is made of.
 
-    Raises ValueError for int8 where its kernels are missing.
+    Raises ValueError for int8 off the CPU.
     """
     check_quantization(quantization, weight.device)
     if quantization is not None:

@@ -39,7 +39,7 @@ class Walk:
     drawn: list[list[int]]
     """The token drawn at each accepted node: the next one's, and behind the last the bonus."""
     logprobs: list[list[float]]
-    """Log-probabilities of the drawn tokens, where logits were given."""
+    """Log-probabilities of the drawn tokens, and of no meaning behind them; nothing where no logits were given."""
     untaken: list[tuple[int, ...]]
     """Tokens of the draft's best-scored path from the last accepted node, which the target left; empty at a leaf."""
     num_drafted: list[int]
@@ -62,31 +62,26 @@ def walk(tree: Tree, drawn: Int[Tensor, "B N"], logits: Float[Tensor, "B N V"] |
     bonus = drawn.gather(1, end)
     told = tree.tokens.gather(1, path).roll(-1, dims=1).scatter(1, last, bonus)
     ahead = _best_ahead(tree, end)
-    parts = [
-        num_accepted,
-        tree.valid.sum(1, keepdim=True) - 1,
-        ahead.sum(1, keepdim=True),
-        tree.tokens[:, :1],
-        told,
-        tree.tokens.gather(1, _first(ahead)[:, :width]),
-    ]
+    numbers = [num_accepted, tree.valid.sum(1, keepdim=True) - 1, ahead.sum(1, keepdim=True), tree.tokens[:, :1]]
+    parts = [*numbers, told, tree.tokens.gather(1, _first(ahead)[:, :width])]
     if logits is not None:
         parts.append(rows().log_probs(logits, path, told).double().view(torch.int64))
-    numbers, roots, told_there, ahead_there, *logprobs = (
+
+    numbers_there, told_there, ahead_there, logprobs_there = (
         torch.cat(parts, dim=1)
         .cpu()
-        .split([3, 1, told.shape[1], told.shape[1], *[told.shape[1]] * (logits is not None)], dim=1)
+        .tensor_split([len(numbers), len(numbers) + width, len(numbers) + 2 * width], dim=1)
     )
-    counts, num_drafted, num_ahead = (column.tolist() for column in numbers.unbind(1))
+    counts, num_drafted, num_ahead, roots = (column.tolist() for column in numbers_there.unbind(1))
     ids = [row[:count] for row, count in zip(told_there.tolist(), counts, strict=True)]
     return Walk(
         path[:, : max(counts)],
         last,
         bonus[:, 0],
         counts,
-        [[root, *row[:-1]] for [root], row in zip(roots.tolist(), ids, strict=True)],
+        [[root, *row[:-1]] for root, row in zip(roots, ids, strict=True)],
         ids,
-        logprobs[0].contiguous().view(torch.float64).tolist() if logprobs else [],
+        logprobs_there.contiguous().view(torch.float64).tolist(),
         [tuple(row[:count]) for row, count in zip(ahead_there.tolist(), num_ahead, strict=True)],
         num_drafted,
     )

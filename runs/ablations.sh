@@ -6,8 +6,8 @@
 #
 # Interrupted, it goes on where it was. Environment: STEPS of each run (120), BATCH_TOKENS of a step (2048), DEVICE (cpu),
 # ARMS to do (all), JOBS at a time (1), DTYPE of the decoder (bfloat16), NAME of the rows (trial), OUT for what is not
-# committed, BIN of the environment. The committed rows, NAME=ablation and NAME=ablation-l4, are of 200 steps of 8,192
-# tokens on a GPU, several runs at a time.
+# committed, BIN of the environment. The committed rows, NAME=ablation-l4, are of 200 steps of 8,192 tokens on a GPU,
+# several runs at a time; those of NAME=ablation are older, of the same changes to a recipe with l = 1.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export bin=${BIN:-.venv/bin} out=${OUT:-out/ablations} name=${NAME:-trial}
@@ -52,8 +52,8 @@ export -f options_of train tau
 for arm in "${arms[@]}"; do options_of "$arm" > /dev/null; done
 run() { xargs -P "${JOBS:-1}" -I '{}' bash -euo pipefail -c "$1"; }
 printf '%s\n' "${arms[@]}" | run 'train "{}"'
-drafts=("${arms[@]/%/=}")
-for place in "${!arms[@]}"; do drafts[place]=${arms[place]}=$out/${arms[place]}/final; done
+drafts=()
+for arm in "${arms[@]}"; do drafts+=("$arm=$out/$arm/final"); done
 if [ "${JOBS:-1}" -gt 1 ]; then printf '%s\n' "${drafts[@]}" | run 'tau "{}"'; fi
 tau "${drafts[@]}" # in order, what is missing, and run.json of them all
 "$bin/python" benchmarks/table.py

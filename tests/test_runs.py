@@ -73,3 +73,13 @@ def test_a_run_that_is_not_known(run):
     status, calls, errors = run("reproduce.sh", RUNS="speed")
     assert (status, calls) == (2, [])
     assert "RUNS names speed; give some of tuned, peers, int8, t0" in errors
+
+
+def test_an_arm_that_is_not_known(run):
+    """Before the first one trains, and whether one or several do at a time."""
+    for jobs in ("1", "3"):
+        status, calls, errors = run(
+            "ablations.sh", DATA="d.jsonl", PROMPTS="p.jsonl", ARMS="control l-2 rows", JOBS=jobs
+        )
+        assert (status, calls) == (2, [])
+        assert "ARMS names rows, which is not known" in errors
