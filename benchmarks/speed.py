@@ -3,8 +3,9 @@
     python benchmarks/speed.py --out benchmarks/results/speed/NAME
     python benchmarks/speed.py --out benchmarks/results/speed/NAME --parts forward,prefix --repeats 9
 
-forward   a verification forward by its rows: packed, packed in int8, by the model's own code; and its products alone
-plain     tokens per second without a draft: `model.generate` of transformers, and our decoder in the same three ways
+forward   a verification forward by its rows: packed, in GGUF blocks if it has some, in int8, by the model's own code; and
+          its products alone
+plain     tokens per second without a draft: `model.generate` of transformers, and our decoder in the same ways
 prefix    a round, of a tree and of one row, and the bytes of the cache, by the tokens before it
 batch     tokens per second of plain decoding and of drafts, by batch and tree; trees of a fixed shape and adaptive ones
 memory    peak of a fresh process that loads a draft with its target and answers, beside its weights and caches
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -71,8 +73,12 @@ class Models:
         return self.load(self.args.dtype)
 
     @cached_property
-    def int8(self) -> Decoder:
-        return self.load(self.args.dtype, "int8")
+    def laid_out(self) -> dict[str, Decoder]:
+        """Packed, in the blocks of its GGUF file if it comes from one and this machine can, and rounded to int8."""
+        found = {"packed": self.packed}
+        with suppress(ValueError):
+            found["gguf"] = self.load(self.args.dtype, "gguf")
+        return found | {"int8": self.load(self.args.dtype, "int8")}
 
     def load(self, dtype: str, quantization: str | None = None) -> Decoder:
         return load_decoder(None, target=self.args.target, dtype=dtype, device="cpu", quantization=quantization)
@@ -115,7 +121,7 @@ def forward(models: Models, args: argparse.Namespace) -> Iterator[Row]:
     packed = models.packed.target.forward_rows
     if not isinstance(packed, LlamaForward):
         raise ValueError(f"Part forward knows the products of Llama-like targets only; leave it out for {args.target}.")
-    targets = {"packed": models.packed.target, "int8": models.int8.target, "model": models.own.target}
+    targets = {case: decoder.target for case, decoder in (models.laid_out | {"model": models.own}).items()}
     prefix = min(PREFIX, targets["packed"].max_positions - max(args.rows))
     caches = {name: target.new_cache(1, prefix + max(args.rows)) for name, target in targets.items()}
     for name, target in targets.items():
@@ -136,7 +142,7 @@ def plain(models: Models, args: argparse.Namespace) -> Iterator[Row]:
         out = model.generate(tokens, attention_mask=torch.ones_like(tokens))
         assert out.shape[1] == len(ids) + args.new_tokens
 
-    ours = {"model": models.own, "packed": models.packed, "int8": models.int8}
+    ours = {"model": models.own} | models.laid_out
     for name, ids in models.prompts.items():
         cases: dict[str, Callable[[int], object]] = {"transformers": partial(generate, ids)}
         cases |= {case: partial(answer, decoder, [ids], args.new_tokens) for case, decoder in ours.items()}

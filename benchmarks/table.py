@@ -297,23 +297,28 @@ def speed(folder: Path) -> str:
 
 def forward_table(rows: list[dict[str, Any]]) -> Table:
     seconds = {(row["rows"], row["case"]): row["seconds"] for row in rows}
-    header = ["rows", "packed", "int8", "model's own code", "products alone", "packed / products", "model's / packed"]
+    names = {"packed": "packed", "gguf": "GGUF blocks", "int8": "int8", "model": "model's own code",
+             "products": "products alone"}  # fmt: skip
+    cases = [case for case in names if any(row["case"] == case for row in rows)]
+    header = ["rows", *(names[case] for case in cases), "packed / products", "model's / packed"]
     lines = []
     for count in dict.fromkeys(row["rows"] for row in rows):
-        packed, int8, own, products = (seconds[count, case] for case in ("packed", "int8", "model", "products"))
-        ratios = [f"{median(packed) / median(products):.2f}", f"{median(own) / median(packed):.2f}"]
-        lines.append([str(count), *map(milliseconds, (packed, int8, own, products)), *ratios])
+        middle = {case: median(seconds[count, case]) for case in cases}
+        ratios = [f"{middle['packed'] / middle['products']:.2f}", f"{middle['model'] / middle['packed']:.2f}"]
+        lines.append([str(count), *(milliseconds(seconds[count, case]) for case in cases), *ratios])
     caption = f"Milliseconds of a verification forward behind {rows[0]['prefix']} tokens, median (quartiles)"
     return Table(caption, header, lines)
 
 
 def plain_table(rows: list[dict[str, Any]]) -> Table:
     names = {"transformers": "transformers, model.generate", "model": "ours, the model's own code", "packed": "packed",
-             "int8": "packed, int8"}  # fmt: skip
+             "gguf": "in GGUF blocks", "int8": "in int8"}  # fmt: skip
     sums = {(row["case"], row["prompt"]): (row["num_tokens"], median(row["seconds"])) for row in rows}
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     lines = []
     for case, name in names.items():
+        if (case, prompts[0]) not in sums:
+            continue
         columns = list(zip(*(sums[case, p] + sums["transformers", p] for p in prompts), strict=True))
         tokens, taken, *_ = totals = [sum(column) for column in columns]
         interval = bootstrap(columns, ratio_of_ratios) if case != "transformers" else None

@@ -22,8 +22,8 @@ Turn = tuple[Tensor, Tensor]
 
 
 class DraftForward:
-    """Weights of a draft network for decoding, rounded with ``quantization``, or where that alone makes them faster:
-    they decide only how soon the target's text comes. What ``contemplation`` holds stays the network's own."""
+    """Weights of a draft network for decoding, rounded where ``quantization`` is int8, or where that alone makes them
+    faster: they decide only how soon the target's text comes. What ``contemplation`` holds stays the network's own."""
 
     @torch.no_grad()
     def __init__(self, draft: DraftModel, quantization: str | None = None) -> None:
@@ -31,7 +31,8 @@ class DraftForward:
         self.config, self.target_ids = draft.config, draft.target_ids()
         self.contemplation = draft.contemplation.without_heads() if draft.contemplation is not None else None
         self._rotary = draft.rotary
-        quantization = quantization or fast_quantization(draft.lm_head.weight)
+        if quantization != "int8":
+            quantization = fast_quantization(draft.lm_head.weight)
         linears = {
             "fc": [draft.fc],
             "qkv": [attention.q_proj, attention.k_proj, attention.v_proj],

@@ -1,8 +1,8 @@
 """Matrix products of decoding: a weight is laid out once for the kernels that will read it, then used every round.
 
 Verification reads all weights for a few dozen rows, so a round costs what reading them costs. On a CPU, oneDNN reads a
-prepacked weight about twice as fast as a plain one; in int8 there is half as much to read. The plain product,
-`torch.nn.functional.linear`, is the reference that both are tested against.
+prepacked weight about twice as fast as a plain one; in int8 there is half as much to read, and in the blocks of a GGUF
+file a third. The plain product, `torch.nn.functional.linear`, is the reference that all are tested against.
 
 Shapes: K inputs, N outputs.
 """
@@ -15,14 +15,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int8, UInt8
 from torch import Tensor, nn
 
 from confu.native import tiles_function
 
-QUANTIZATIONS = ("int8",)
+QUANTIZATIONS = ("int8", "gguf")
 USUAL_ROWS = 16  # the layout is chosen for about so many; any number works
 TILE = 16
+BLOCK_BYTES = {4: TILE * TILE + 4 * TILE, 8: 2 * TILE * TILE + 2 * TILE}  # of a tile, by the bits of a weight
 PIECE = 256  # rows rounded at a time: float32 copies of a whole head would be most of a process's memory
 
 
@@ -54,8 +55,9 @@ class Int8Product(nn.Module):
     Rows are not rounded. Were they, a last bit of one number would decide how it is rounded, that would move all that
     comes after, and the tree's order of summation would make another model of it than one token at a time does.
 
-    Whole numbers up to 256 are exact in bfloat16. By AMX tiles (`tiles.cpp`) they are kept in int8 and widened on their
-    way; elsewhere they are a packed weight like any other, which is as exact but reads as much as without rounding.
+    Whole numbers up to 256 are exact in bfloat16. By AMX tiles (`products.cpp`) they are kept in int8 and widened on
+    their way; elsewhere they are a packed weight like any other, which is as exact but reads as much as without
+    rounding.
     """
 
     def __init__(self, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None = None) -> None:
@@ -67,8 +69,8 @@ class Int8Product(nn.Module):
             whole = rounded.to(weight.dtype)
             self._plain = PackedProduct(whole) if _can_pack(whole) else Product(whole)
         else:
-            # blocks of outputs, of inputs, pairs of inputs, the two of a pair, outputs
-            tiles = rounded.view(len(weight) // TILE, TILE, -1, TILE, 2).permute(0, 2, 3, 4, 1)
+            # tiles of outputs, of inputs, outputs, the two of a pair of inputs, pairs
+            tiles = rounded.view(len(weight) // TILE, TILE, -1, TILE, 2).permute(0, 2, 1, 4, 3)
             self.weight = tiles.contiguous()
 
     def forward(self, x: Float[Tensor, "*rows K"]) -> Float[Tensor, "*rows N"]:
@@ -91,6 +93,51 @@ class Int8Product(nn.Module):
         return out
 
 
+class BlockProduct(nn.Module):
+    """The same with W in the blocks of 32 inputs from which a GGUF file's Q4_0, Q4_1 or Q8_0 made it (CPU, AMX tiles).
+
+    Nothing is rounded: the blocks are found in W itself, and kept only where they give back each of its numbers, bit
+    for bit (but for the sign of zero).
+    """
+
+    def __init__(self, blocks: UInt8[Tensor, "tiles depth bytes"], bits: int, bias: Float[Tensor, " N"] | None) -> None:
+        super().__init__()
+        self.weight, self.bits = blocks, bits
+        self.bias = None if bias is None else bias.detach().float()
+
+    @classmethod
+    def of(cls, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None = None) -> BlockProduct | None:
+        """None where W is not made of such blocks, or no kernel here reads them."""
+        find = _find_function()
+        if not _fits_tiles(weight) or find is None:
+            return None
+        weight = weight.detach().contiguous()
+        for bits, tile_bytes in BLOCK_BYTES.items():
+            blocks = torch.empty(len(weight) // TILE, weight.shape[1] // (2 * TILE), tile_bytes, dtype=torch.uint8)
+            if find(weight.data_ptr(), blocks.data_ptr(), *weight.shape, bits):
+                return cls(blocks, bits, bias)
+        return None
+
+    def forward(self, x: Float[Tensor, "*rows K"]) -> Float[Tensor, "*rows N"]:
+        function = _block_function()
+        assert function is not None
+        assert x.dtype == torch.bfloat16
+        x = x.contiguous()
+        num_outputs = len(self.weight) * TILE
+        out = x.new_empty(*x.shape[:-1], num_outputs)
+        function(
+            x.data_ptr(),
+            self.weight.data_ptr(),
+            None if self.bias is None else self.bias.data_ptr(),
+            out.data_ptr(),
+            x.numel() // x.shape[-1],
+            x.shape[-1],
+            num_outputs,
+            self.bits,
+        )
+        return out
+
+
 def quantize(weight: Float[Tensor, "N K"]) -> tuple[Int8[Tensor, "N K"], Float[Tensor, " N"]]:
     """Whole numbers from -127 to 127, and each row's scale (float32) that gives it back."""
     scales = weight.abs().amax(dim=1).float().clamp_(min=1e-12) / 127
@@ -105,11 +152,13 @@ def product(
 ) -> nn.Module:
     """The fastest product for where ``weight`` lies and what it is made of.
 
-    Raises ValueError for int8 off the CPU.
+    Raises ValueError for a quantization off the CPU.
     """
     check_quantization(quantization, weight.device)
-    if quantization is not None:
+    if quantization == "int8":
         return Int8Product(weight, bias)
+    if quantization == "gguf" and (blocks := BlockProduct.of(weight, bias)) is not None:
+        return blocks
     return PackedProduct(weight, bias) if _can_pack(weight) else Product(weight, bias)
 
 
@@ -149,6 +198,16 @@ def check_quantization(quantization: str | None, device: torch.device | str) -> 
         raise ValueError(f"quantization {quantization} has kernels for the CPU only, not for {device}.")
 
 
+def check_blocks(module: nn.Module) -> None:
+    """Raise ValueError where no linear layer inside ``module`` can be a `BlockProduct`."""
+    linears = (layer for layer in module.modules() if isinstance(layer, nn.Linear))
+    if all(BlockProduct.of(layer.weight) is None for layer in linears):
+        raise ValueError(
+            "quantization gguf keeps bfloat16 weights in the blocks (Q4_0, Q4_1, Q8_0) of the GGUF file they were made "
+            "from, on a processor with AMX, and none here can be kept so; leave it out, the text is the same."
+        )
+
+
 def _fits_tiles(weight: Tensor) -> bool:
     fits = weight.shape[0] % TILE == 0 and weight.shape[1] % (2 * TILE) == 0
     return weight.dtype == torch.bfloat16 and weight.is_cpu and fits
@@ -158,6 +217,16 @@ def _fits_tiles(weight: Tensor) -> bool:
 def _int8_function() -> Callable[..., None] | None:
     """The compiled product, where it can run."""
     return tiles_function("int8_product", [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 3)
+
+
+@functools.cache
+def _block_function() -> Callable[..., None] | None:
+    return tiles_function("block_product", [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 4)
+
+
+@functools.cache
+def _find_function() -> Callable[..., int] | None:
+    return tiles_function("find_blocks", [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 3, ctypes.c_int64)
 
 
 def _can_pack(weight: Tensor) -> bool:

@@ -13,7 +13,7 @@ from confu.drafter import Drafter, TreeDrafter
 from confu.forward import Forward, ModelForward
 from confu.generate import Decoder
 from confu.graphs import CudaGraphs, GraphForward, check_compile
-from confu.linear import check_quantization, pack_linears
+from confu.linear import check_blocks, check_quantization, pack_linears
 from confu.llama import LlamaForward, is_llama_like
 from confu.memory import forget_mapped, return_freed_memory
 from confu.models import DEFAULT_TARGET, Progress, draft_path, load_target_model
@@ -40,7 +40,7 @@ def load_decoder(
 
     ``draft`` is a trained draft (shipped name, folder or Hub id), ``lookup``, ``draft-model:NAME`` for a smaller model
     of the same vocabulary, or None for plain decoding. The target's weights are laid out for decoding
-    (`pack`), and rounded with ``quantization``; with ``compile``, its forwards over few rows are replayed as CUDA
+    (`pack`), in fewer bits with ``quantization``; with ``compile``, its forwards over few rows are replayed as CUDA
     graphs (`graphs.py`).
 
     Raises ValueError for names, files and settings that do not fit, ModelUnavailable for what cannot be had now.
@@ -86,8 +86,11 @@ def read_network(draft: str | None, dtype: torch.dtype, device: str) -> DraftMod
 def pack(model: PreTrainedModel, quantization: str | None = None, *, compile: bool = False) -> Forward:
     """The model's weights laid out for decoding. The model gives its own up: it keeps embeddings and configuration.
 
-    Raises ValueError with ``compile`` for a model whose forward cannot be recorded.
+    Raises ValueError with ``compile`` for a model whose forward cannot be recorded, and with quantization gguf for one
+    of whose weights none is made of blocks.
     """
+    if quantization == "gguf":
+        check_blocks(model)
     if is_llama_like(model):
         decoder: Any = model.get_decoder()
         if compile and decoder.rotary_emb.rope_type == "dynamic":

@@ -1,5 +1,5 @@
-"""The compiled functions of `rows.cpp` and `tiles.cpp`: built on first use, in two seconds, where there is a C++
-compiler, and kept in the user's cache.
+"""The compiled functions of `rows.cpp`, `attention.cpp` and `products.cpp`: built on first use, in a few seconds, where
+there is a C++ compiler, and kept in the user's cache.
 
 They use OpenMP where the process has its functions already: torch's, and so torch's own threads.
 """
@@ -17,6 +17,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch  # noqa: F401 (brings its OpenMP)
 
@@ -24,7 +25,8 @@ from confu.models import cache_dir
 
 logger = logging.getLogger(__name__)
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.cpp", "tiles.cpp"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.cpp", "attention.cpp", "products.cpp"))
+HEADER = Path(__file__).with_name("tiles.h")
 
 
 @functools.cache
@@ -37,17 +39,17 @@ def library() -> ctypes.CDLL | None:
             logger.info("no OpenMP for the compiled functions: %s", error)
             return ctypes.CDLL(str(build()))
     except (OSError, subprocess.SubprocessError) as error:
-        logger.info("rows.cpp and tiles.cpp are not used, torch takes their place: %s", error)
+        logger.info("rows.cpp, attention.cpp and products.cpp are not used, torch takes their place: %s", error)
         return None
 
 
-def tiles_function(name: str, types: list[type]) -> Callable[..., None] | None:
+def tiles_function(name: str, types: list[type], returns: type | None = None) -> Callable[..., Any] | None:
     """A compiled function that computes on AMX tiles, where this processor has them."""
     functions = library()
     if functions is None or not functions.tiles_granted():
         return None
     function = functions[name]
-    function.argtypes, function.restype = types, None
+    function.argtypes, function.restype = types, returns
     return function
 
 
@@ -58,7 +60,7 @@ def build(*more: str) -> Path:
         raise FileNotFoundError("there is no C++ compiler (c++, g++, clang++, or what CXX names)")
     native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
     options = ["-O3", "-ffast-math", "-fPIC", native, *more]
-    texts = [source.read_text(encoding="utf-8") for source in SOURCES]
+    texts = [source.read_text(encoding="utf-8") for source in (*SOURCES, HEADER)]
     identity = "\n".join([compiler, *options, _processor(), *texts])
     kept = cache_dir() / "native" / f"functions-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if kept.exists():

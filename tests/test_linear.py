@@ -1,5 +1,6 @@
 """Products of decoding against `torch.nn.functional.linear`, and the Llama forward against the model's own code."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -7,13 +8,25 @@ import families
 import naive
 import pytest
 import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+from gguf.quants import quantize as to_blocks
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from confu import linear
 from confu.draft_forward import DraftForward
-from confu.linear import Int8Product, PackedProduct, Product, check_quantization, pack_linears, product, quantize
+from confu.linear import (
+    BlockProduct,
+    Int8Product,
+    PackedProduct,
+    Product,
+    check_quantization,
+    pack_linears,
+    product,
+    quantize,
+)
 from confu.llama import LlamaForward, is_llama_like
 from confu.load import pack, read_network
 from confu.memory import forget_mapped
@@ -86,14 +99,104 @@ def test_an_int8_row_by_tiles_does_not_depend_on_its_company():
     assert Int8Product(random(64, 96))(torch.zeros(2, 0, 96)).shape == (2, 0, 64)
 
 
+needs_tiles = pytest.mark.skipif(linear._block_function() is None, reason="this processor has no AMX tiles")
+KINDS = ("Q4_0", "Q4_1", "Q8_0")
+
+
+def from_gguf(kind: str, weight: torch.Tensor) -> torch.Tensor:
+    """What a GGUF file gives back of a weight, by the gguf package, in bfloat16."""
+    kind = GGMLQuantizationType[kind]
+    return torch.from_numpy(dequantize(to_blocks(weight.numpy(), kind), kind)).bfloat16()
+
+
+def of_many_sizes(outputs: int, inputs: int, seed: int = 0) -> torch.Tensor:
+    """Blocks from a millionth to a thousand, around zero and off it; some of one number, some of zeros."""
+    blocks = random(outputs * inputs // 32, 32, seed=seed)
+    blocks += 3 * random(len(blocks), 1, seed=seed + 1)
+    blocks *= torch.logspace(-6, 3, len(blocks))[:, None]
+    blocks[::7] = blocks[::7, :1]
+    blocks[::11] = 0
+    return blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))].view(outputs, inputs)
+
+
+@needs_tiles
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(4))
+def test_blocks_are_found_and_give_every_number_back(kind, seed):
+    weight = from_gguf(kind, of_many_sizes(1024, 1536, seed))
+    layer = BlockProduct.of(weight)
+    assert layer.bits == int(kind[1])
+    assert layer.weight.nbytes == weight.numel() * (5 if layer.bits == 4 else 8.5) / 8
+    for inputs in torch.eye(1536).bfloat16().split(500):
+        assert torch.equal(layer(inputs), inputs @ weight.T)
+
+
+@needs_tiles
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("shape", [(96, 64), (16, 32), (512, 1536)])
+@pytest.mark.parametrize("num_rows", [1, 15, 16, 17, 33, 64, 65, 130])
+def test_block_product_is_the_plain_one(kind, with_bias, shape, num_rows):
+    weight = from_gguf(kind, random(*shape))
+    bias = random(shape[0], seed=1).bfloat16() if with_bias else None
+    x = (random(num_rows, shape[1], seed=2) * torch.logspace(-4, 4, num_rows)[:, None]).bfloat16()
+    layer = product(weight, bias, "gguf")
+    assert isinstance(layer, BlockProduct)
+    expected, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+    if bias is not None:
+        expected, size = expected + bias.double(), size + bias.double().abs()
+    ours = layer(x[None])[0]
+    assert (ours.dtype, ours.shape) == (x.dtype, expected.shape)
+    assert ((ours.double() - expected).abs() <= 4e-6 * size + torch.finfo(x.dtype).eps * expected.abs()).all()
+    assert torch.equal(layer(x), ours)
+    for i in (0, num_rows - 1):
+        assert torch.equal(layer(x[i]), ours[i])  # whatever the rows beside it
+
+
+def test_what_is_not_made_of_blocks_is_packed():
+    weight = from_gguf("Q4_1", random(64, 96))
+    other = weight.clone()
+    other[63, 95] *= 1.02
+    for unfit in (other, random(64, 96).bfloat16(), weight.float(), weight[:, :40], weight[:40]):
+        assert BlockProduct.of(unfit) is None
+        assert isinstance(product(unfit, quantization="gguf"), PackedProduct)
+        with pytest.raises(ValueError, match="and none here can be kept so; leave it out, the text is the same"):
+            pack(families.build("Qwen3"), "gguf")
+
+
+@needs_tiles
+def test_a_target_in_blocks_is_the_same_target():
+    """No further from float32 than the same bfloat16 weights are when they are packed."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=64, num_hidden_layers=naive.LAYERS, initializer_range=0.1, **sizes)
+    torch.manual_seed(0)
+    low = LlamaForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
+    for layer in (module for module in low.modules() if isinstance(module, nn.Linear)):
+        layer.weight.data = from_gguf("Q4_1", layer.weight.data.float())
+    exact = LlamaForCausalLM(config).float().eval()
+    exact.load_state_dict(low.state_dict())
+    in_blocks = pack(copy.deepcopy(low), "gguf")
+    with torch.inference_mode():
+        reference, _ = forwards(Target(exact), LlamaForward(exact), 4)
+        _, packed = forwards(Target(low), LlamaForward(low), 4)
+        _, blocks = forwards(Target(low), in_blocks, 4)
+    assert {type(layer.qkv) for layer in in_blocks.layers} == {BlockProduct}
+    off = [
+        sum((a.float() - c).square().mean() for a, c in zip(outs, reference, strict=True)) for outs in (packed, blocks)
+    ]
+    assert off[0] > 0
+    assert 0.7 < off[1] / off[0] < 1.4, off
+
+
 def test_the_fastest_product_is_chosen():
     assert isinstance(product(random(4, 4)), PackedProduct)
     assert isinstance(product(random(4, 4).double()), Product)
     assert isinstance(product(random(4, 4), quantization="int8"), Int8Product)
-    with pytest.raises(ValueError, match=r"quantization is 'int4'; give int8, or leave it out"):
+    with pytest.raises(ValueError, match=r"quantization is 'int4'; give int8, gguf, or leave it out"):
         product(random(4, 4), quantization="int4")
-    with pytest.raises(ValueError, match="kernels for the CPU only"):
-        check_quantization("int8", "cuda:0")
+    for quantization in linear.QUANTIZATIONS:
+        with pytest.raises(ValueError, match="kernels for the CPU only"):
+            check_quantization(quantization, "cuda:0")
 
 
 def test_a_drafts_weights_are_rounded_where_that_is_faster():

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import confu
+from confu import linear
 from confu.config import SamplingConfig, TreeConfig
-from confu.linear import quantize
+from confu.linear import BlockProduct, quantize
 from confu.load import encode_chat, load_decoder
 from confu.models import DEFAULT_TARGET, load_target_model
 from confu.stats import Stats
@@ -25,9 +26,9 @@ def plain_answers(texts, quantization=None):
     replaced by what they are rounded to."""
     model, tokenizer = load_target_model(DEFAULT_TARGET, dtype=torch.float32, device="cpu")
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    for linear in linears if quantization else ():
-        whole, scales = quantize(linear.weight.detach())
-        linear.weight = torch.nn.Parameter(whole * scales[:, None], requires_grad=False)
+    for layer in linears if quantization else ():
+        whole, scales = quantize(layer.weight.detach())
+        layer.weight = torch.nn.Parameter(whole * scales[:, None], requires_grad=False)
     prompts = [encode_chat(tokenizer, [{"role": "user", "content": text}]) for text in texts]
     answers = []
     for prompt in prompts:
@@ -69,6 +70,28 @@ def test_greedy_answers_with_int8_are_those_of_the_rounded_model(plain, plain_in
     stats = Stats()
     results = decoder.generate(prompts, SamplingConfig(max_new_tokens=NEW_TOKENS), stats=stats)
     assert [result.token_ids for result in results] == answers
+    assert stats.mean_acceptance_length >= 1.4
+
+
+@pytest.mark.skipif(linear._block_function() is None, reason="this processor has no AMX tiles")
+def test_the_default_target_stays_in_the_blocks_of_its_file():
+    """Every product of decoding gives back the bfloat16 weights, number for number, and drafts do draft for it."""
+    model, _ = load_target_model(DEFAULT_TARGET, dtype=torch.bfloat16, device="cpu")
+    decoder = load_decoder("smollm2-135m-confu", dtype="bfloat16", device="cpu", quantization="gguf", tree=TreeConfig())
+    forward = decoder.target.forward_rows
+    assert decoder.target.quantization == "gguf"
+    named = [(forward.head, [model.lm_head])]
+    for ours, theirs in zip(forward.layers, model.model.layers, strict=True):
+        attention, mlp = theirs.self_attn, theirs.mlp
+        named += [(ours.qkv, [attention.q_proj, attention.k_proj, attention.v_proj]), (ours.out, [attention.o_proj])]
+        named += [(ours.gate_up, [mlp.gate_proj, mlp.up_proj]), (ours.down, [mlp.down_proj])]
+    for product, linears in named:
+        weight = torch.cat([layer.weight for layer in linears])
+        assert isinstance(product, BlockProduct)
+        assert torch.equal(product(torch.eye(weight.shape[1]).bfloat16()), weight.T)
+    prompts = [encode_chat(decoder.tokenizer, [{"role": "user", "content": text}]) for text in PROMPTS[:3]]
+    stats = Stats()
+    decoder.generate(prompts, SamplingConfig(max_new_tokens=NEW_TOKENS), stats=stats)
     assert stats.mean_acceptance_length >= 1.4
 
 

@@ -1,67 +1,23 @@
-// Attention over cached keys in bfloat16, and products with weights in int8, for a few dozen rows by AMX tiles, where the
-// processor has them (Linux, x86-64). Same arithmetic as the torch functions in attention.py and linear.py, which they are
-// tested against. Built by native.py, called from there.
+// Attention over cached keys in bfloat16 for a few dozen rows by AMX tiles, where the processor has them. Same arithmetic as
+// the torch function in attention.py, which it is tested against. Built by native.py, called from there.
 //
-// Attention. The keys of a group of heads are cut into pieces. A piece and all query rows of its group are one task: scores by
+// The keys of a group of heads are cut into pieces. A piece and all query rows of its group are one task: scores by
 // tiles, softmax of the piece alone, then the weighted values by tiles. In the end the pieces of a row are merged by
 // their largest score and their sum of weights.
-//
-// Products. A weight holds whole numbers up to 127, which are exact in bfloat16: each tile of them is widened on its way to
-// the processor's tiles, so only half as much is read from memory, and rows are rounded no further than bfloat16 is.
 
-#include <cstdint>
+#include "tiles.h"
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__AVX512BW__) && \
-    defined(__AVX512BF16__) && defined(__linux__)
-#include <immintrin.h>
+#ifdef CONFU_TILES
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <cmath>
-#include <cstring>
-#include <vector>
 
 namespace {
 
-constexpr int64_t TILE = 16;     // rows of a tile; columns of a result tile
-constexpr int64_t PAIRS = 32;    // bf16 columns of an operand tile
 constexpr int64_t PIECE = 128;   // keys of a task
 constexpr int64_t WIDEST = 256;  // of a head
 constexpr float NOWHERE = -1e30f;
-
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-    TileConfig() {
-        for (int i = 0; i < 8; i++) row_bytes[i] = 64, rows[i] = TILE;
-    }
-};
-
-// 16 rows of 16 dwords each, `stride` dwords apart and zero from row `count` on, transposed
-void transpose(const uint32_t* from, int64_t stride, int64_t count, uint32_t* to) {
-    __m512i a[16], b[16];
-    for (int64_t i = 0; i < 16; i++) a[i] = i < count ? _mm512_loadu_si512(from + i * stride) : _mm512_setzero_si512();
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        const __m512i low = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88), low_odd = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
-        const __m512i high = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
-        const __m512i high_odd = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
-        _mm512_store_si512(to + (i + 0) * 16, _mm512_shuffle_i32x4(low, high, 0x88));
-        _mm512_store_si512(to + (i + 4) * 16, _mm512_shuffle_i32x4(low_odd, high_odd, 0x88));
-        _mm512_store_si512(to + (i + 8) * 16, _mm512_shuffle_i32x4(low, high, 0xdd));
-        _mm512_store_si512(to + (i + 12) * 16, _mm512_shuffle_i32x4(low_odd, high_odd, 0xdd));
-    }
-}
 
 // 2^x for x <= 0, to four parts in a million
 inline __m512 exp2_of(__m512 x) {
@@ -207,57 +163,6 @@ void merge(const float* partial, const float* stats, int64_t pieces, int64_t str
                             __m256i(_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_load_ps(sum + i), by))));
 }
 
-constexpr int64_t WEIGHTS = TILE * PAIRS;  // of a tile
-constexpr int64_t BLOCKS = 4;             // tiles of rows that share what is read of a weight
-constexpr int64_t AHEAD = 4, RING = 8;    // tiles are widened so many before they are needed, into so many places,
-constexpr int64_t FETCH = 24;             // and asked of memory so many before
-
-// the weights of one tile: whole numbers as float32, whose upper half is all there is of them; pairs of these halves
-inline void widen(const int8_t* from, uint16_t* to) {
-    const auto wide = [&](int64_t at) {
-        return _mm512_castps_si512(
-            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at)))));
-    };
-    const __m512i upper = _mm512_set1_epi32(int(0xffff0000));
-    for (int64_t i = 0; i < WEIGHTS; i += PAIRS)  // 0xca: where the mask has ones the second, else the third
-        _mm512_store_si512(to + i, _mm512_ternarylogic_epi32(upper, wide(i + TILE), _mm512_srli_epi32(wide(i), 16), 0xca));
-}
-
-// 16 outputs of up to 64 rows: sums [16 COUNT, 16]
-template <int COUNT>
-void multiply(const uint16_t* const* blocks, const int8_t* weight, int64_t inputs, uint16_t* ring, float* sums) {
-    const int64_t tiles = inputs / PAIRS;
-    _tile_zero(0);
-    if constexpr (COUNT > 1) _tile_zero(1);
-    if constexpr (COUNT > 2) _tile_zero(2);
-    if constexpr (COUNT > 3) _tile_zero(3);
-    for (int64_t k = 0; k < AHEAD && k < tiles; k++) widen(weight + k * WEIGHTS, ring + k * WEIGHTS);
-    for (int64_t k = 0; k < tiles; k++) {
-        for (int64_t line = 0; line < WEIGHTS; line += 64)
-            _mm_prefetch(reinterpret_cast<const char*>(weight + (k + FETCH) * WEIGHTS + line), _MM_HINT_T0);
-        if (k + AHEAD < tiles) widen(weight + (k + AHEAD) * WEIGHTS, ring + (k + AHEAD) % RING * WEIGHTS);
-        _tile_loadd(6, ring + k % RING * WEIGHTS, 64);
-        _tile_loadd(4, blocks[0] + k * PAIRS, inputs * 2);
-        _tile_dpbf16ps(0, 4, 6);
-        if constexpr (COUNT > 1) {
-            _tile_loadd(5, blocks[1] + k * PAIRS, inputs * 2);
-            _tile_dpbf16ps(1, 5, 6);
-        }
-        if constexpr (COUNT > 2) {
-            _tile_loadd(4, blocks[2] + k * PAIRS, inputs * 2);
-            _tile_dpbf16ps(2, 4, 6);
-        }
-        if constexpr (COUNT > 3) {
-            _tile_loadd(5, blocks[3] + k * PAIRS, inputs * 2);
-            _tile_dpbf16ps(3, 5, 6);
-        }
-    }
-    _tile_stored(0, sums, 64);
-    if constexpr (COUNT > 1) _tile_stored(1, sums + TILE * TILE, 64);
-    if constexpr (COUNT > 2) _tile_stored(2, sums + 2 * TILE * TILE, 64);
-    if constexpr (COUNT > 3) _tile_stored(3, sums + 3 * TILE * TILE, 64);
-}
-
 }  // namespace
 
 extern "C" int64_t tiles_granted() {
@@ -299,49 +204,9 @@ extern "C" void attention_bf16(const uint16_t* queries, const uint16_t* keys, co
     }
 }
 
-// x [rows, inputs] times whole numbers [outputs / 16, inputs / 32, 16, 2, 16] (blocks of outputs, of inputs, pairs of inputs,
-// the two of a pair, outputs), times scales [outputs], plus bias [outputs] if there is one -> out [rows, outputs]
-extern "C" void int8_product(const uint16_t* x, const int8_t* weight, const float* scales, const float* bias, uint16_t* out,
-                             int64_t rows, int64_t inputs, int64_t outputs) {
-#pragma omp parallel
-    {
-        alignas(64) uint16_t ring[RING * WEIGHTS];
-        alignas(64) float sums[BLOCKS * TILE * TILE];
-        static thread_local std::vector<uint16_t> rest;  // a last tile of rows that is not full
-        const TileConfig config;
-        _tile_loadconfig(&config);
-        for (int64_t first = 0; first < rows; first += BLOCKS * TILE) {
-            const int64_t here = rows - first < BLOCKS * TILE ? rows - first : BLOCKS * TILE, count = (here + TILE - 1) / TILE;
-            const uint16_t* blocks[BLOCKS];
-            for (int64_t b = 0; b < count; b++) blocks[b] = x + (first + b * TILE) * inputs;
-            if (const int64_t left = here % TILE) {
-                if (rest.size() < size_t(TILE * inputs)) rest.resize(TILE * inputs);
-                std::memcpy(rest.data(), blocks[count - 1], left * inputs * 2);
-                blocks[count - 1] = rest.data();
-            }
-#pragma omp for schedule(static) nowait
-            for (int64_t column = 0; column < outputs; column += TILE) {
-                const int8_t* mine = weight + column * inputs;
-                if (count == 1) multiply<1>(blocks, mine, inputs, ring, sums);
-                if (count == 2) multiply<2>(blocks, mine, inputs, ring, sums);
-                if (count == 3) multiply<3>(blocks, mine, inputs, ring, sums);
-                if (count == 4) multiply<4>(blocks, mine, inputs, ring, sums);
-                const __m512 by = _mm512_loadu_ps(scales + column);
-                const __m512 plus = bias ? _mm512_loadu_ps(bias + column) : _mm512_setzero_ps();
-                for (int64_t i = 0; i < here; i++)
-                    _mm256_storeu_si256(
-                        reinterpret_cast<__m256i*>(out + (first + i) * outputs + column),
-                        __m256i(_mm512_cvtneps_pbh(_mm512_fmadd_ps(_mm512_load_ps(sums + i * TILE), by, plus))));
-            }
-        }
-        _tile_release();
-    }
-}
-
 #else
 
 extern "C" int64_t tiles_granted() { return 0; }
-extern "C" void int8_product(const uint16_t*, const int8_t*, const float*, const float*, uint16_t*, int64_t, int64_t, int64_t) {}
 extern "C" void attention_bf16(const uint16_t*, const uint16_t*, const uint16_t*, const uint8_t*, uint16_t*, int64_t, int64_t,
                                int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float) {}
 

@@ -1,0 +1,325 @@
+// Products of a few dozen bfloat16 rows with weights that are kept in fewer bits, by AMX tiles, where the processor has them.
+// Same arithmetic as the torch functions in linear.py, which they are tested against. Built by native.py, called from there.
+//
+// A weight lies in memory tile by tile, 16 outputs by 32 inputs. Each tile is widened to bfloat16 on its way to the
+// processor's tiles, so only a half or a third as much is read from memory, and rows are rounded no further than bfloat16 is.
+// Weights are the left operand there: their rows are outputs, as they lie; those of x are transposed once.
+
+#include "tiles.h"
+
+#ifdef CONFU_TILES
+#include <cmath>
+
+namespace {
+
+constexpr int64_t WEIGHTS = TILE * PAIRS;  // of a tile
+constexpr int64_t BLOCKS = 4;              // tiles of rows that share what is read of a weight
+constexpr int64_t AHEAD = 4, RING = 8;     // tiles are widened so many before they are needed, into so many places,
+constexpr int64_t FETCH = 24;              // and asked of memory so many before
+
+// A tile in memory is BYTES long; `widen` writes 16 outputs of 32 inputs each.
+
+inline __m512 widen_bytes(const uint8_t* from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+
+// Whole numbers up to 127, which are exact in bfloat16: of each output first those for even inputs, then for odd ones.
+struct Whole {
+    static constexpr int64_t BYTES = WEIGHTS;
+
+    // As float32, whose upper half is all there is of them; pairs of these halves.
+    static void widen(const uint8_t* from, uint16_t* to) {
+        const __m512i upper = _mm512_set1_epi32(int(0xffff0000));
+        for (int64_t i = 0; i < WEIGHTS; i += PAIRS) {
+            const __m512i even = _mm512_castps_si512(widen_bytes(from + i)), odd = _mm512_castps_si512(widen_bytes(from + i + TILE));
+            // 0xca: where the mask has ones the second, else the third
+            _mm512_store_si512(to + i, _mm512_ternarylogic_epi32(upper, odd, _mm512_srli_epi32(even, 16), 0xca));
+        }
+    }
+};
+
+inline __m512 halves(const uint8_t* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
+// Blocks of 32 inputs: number x step + least of each output (GGUF's Q4_1, and Q4_0 with a least of -8 steps). Of four outputs a
+// dword for each pair of inputs, a byte for each output, the first of the pair below; then all steps, all leasts, in float16.
+struct Block4 {
+    static constexpr int64_t BYTES = WEIGHTS / 2 + 4 * TILE;
+
+    // The 16 values of each of two outputs' blocks make a table, in which their numbers are looked up.
+    static void widen(const uint8_t* from, uint16_t* to) {
+        alignas(64) float steps[TILE], leasts[TILE];
+        _mm512_store_ps(steps, halves(from + WEIGHTS / 2));
+        _mm512_store_ps(leasts, halves(from + WEIGHTS / 2 + 2 * TILE));
+        const __m512 all = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m512i four_bits = _mm512_set1_epi16(15), second = _mm512_set1_epi16(16);
+        const auto values = [&](int64_t output) {
+            return _mm512_fmadd_ps(all, _mm512_set1_ps(steps[output]), _mm512_set1_ps(leasts[output]));
+        };
+        for (int64_t i = 0; i < TILE; i += 4) {
+            const __m512i numbers = _mm512_loadu_si512(from + i * TILE);
+            const auto places = [&](int64_t k) {  // which bits each pair's two numbers begin at, in two dwords at a time
+                return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x0024002000040000 + k * 0x0008000800080008), numbers);
+            };
+            for (int64_t k = 0; k < 4; k += 2) {
+                const __m512i table = __m512i(_mm512_cvtne2ps_pbh(values(i + k + 1), values(i + k)));
+                const __m512i ours = _mm512_and_si512(places(k), four_bits);
+                // 0xea: the first where the second has ones, and the third
+                const __m512i theirs = _mm512_ternarylogic_epi32(places(k + 1), four_bits, second, 0xea);
+                _mm512_store_si512(to + (i + k) * PAIRS, _mm512_permutexvar_epi16(ours, table));
+                _mm512_store_si512(to + (i + k + 1) * PAIRS, _mm512_permutexvar_epi16(theirs, table));
+            }
+        }
+    }
+};
+
+// Blocks of 32 inputs: number x step of each output (GGUF's Q8_0): the numbers of each output, then all steps in float16.
+struct Block8 {
+    static constexpr int64_t BYTES = WEIGHTS + 2 * TILE;
+
+    static void widen(const uint8_t* from, uint16_t* to) {
+        alignas(64) float steps[TILE];
+        _mm512_store_ps(steps, halves(from + WEIGHTS));
+        for (int64_t i = 0; i < TILE; i++) {
+            const uint8_t* numbers = from + i * PAIRS;
+            const __m512 step = _mm512_set1_ps(steps[i]);
+            _mm512_store_si512(to + i * PAIRS, __m512i(_mm512_cvtne2ps_pbh(_mm512_mul_ps(widen_bytes(numbers + TILE), step),
+                                                                           _mm512_mul_ps(widen_bytes(numbers), step))));
+        }
+    }
+};
+
+// 16 outputs of up to 64 rows, whose tiles of 32 inputs are `stride` apart: sums [COUNT, 16 outputs, 16 rows]
+template <typename Format, int COUNT>
+void multiply(const uint16_t* x, const uint8_t* weight, int64_t tiles, uint16_t* ring, float* sums) {
+    const int64_t stride = tiles * WEIGHTS;
+    _tile_zero(0);
+    if constexpr (COUNT > 1) _tile_zero(1);
+    if constexpr (COUNT > 2) _tile_zero(2);
+    if constexpr (COUNT > 3) _tile_zero(3);
+    for (int64_t k = 0; k < AHEAD && k < tiles; k++) Format::widen(weight + k * Format::BYTES, ring + k * WEIGHTS);
+    for (int64_t k = 0; k < tiles; k++) {
+        for (int64_t line = 0; line < Format::BYTES; line += 64)
+            _mm_prefetch(reinterpret_cast<const char*>(weight + (k + FETCH) * Format::BYTES + line), _MM_HINT_T0);
+        if (k + AHEAD < tiles) Format::widen(weight + (k + AHEAD) * Format::BYTES, ring + (k + AHEAD) % RING * WEIGHTS);
+        const uint16_t* rows = x + k * WEIGHTS;
+        _tile_loadd(6, ring + k % RING * WEIGHTS, 64);
+        _tile_loadd(4, rows, 64);
+        _tile_dpbf16ps(0, 6, 4);
+        if constexpr (COUNT > 1) {
+            _tile_loadd(5, rows + stride, 64);
+            _tile_dpbf16ps(1, 6, 5);
+        }
+        if constexpr (COUNT > 2) {
+            _tile_loadd(4, rows + 2 * stride, 64);
+            _tile_dpbf16ps(2, 6, 4);
+        }
+        if constexpr (COUNT > 3) {
+            _tile_loadd(5, rows + 3 * stride, 64);
+            _tile_dpbf16ps(3, 6, 5);
+        }
+    }
+    _tile_stored(0, sums, 64);
+    if constexpr (COUNT > 1) _tile_stored(1, sums + TILE * TILE, 64);
+    if constexpr (COUNT > 2) _tile_stored(2, sums + 2 * TILE * TILE, 64);
+    if constexpr (COUNT > 3) _tile_stored(3, sums + 3 * TILE * TILE, 64);
+}
+
+// x [rows, inputs] times weight [outputs / 16, inputs / 32, BYTES], times scales [outputs] and plus bias [outputs] if there are
+// any -> out [rows, outputs]
+template <typename Format>
+void product(const uint16_t* x, const uint8_t* weight, const float* scales, const float* bias, uint16_t* out, int64_t rows,
+             int64_t inputs, int64_t outputs) {
+    const int64_t tiles = inputs / PAIRS;
+#pragma omp parallel
+    {
+        alignas(64) uint16_t ring[RING * WEIGHTS];
+        alignas(64) float sums[BLOCKS * TILE * TILE];
+        alignas(64) uint32_t turned[TILE * TILE];
+        static thread_local std::vector<uint32_t> memory;
+        if (memory.size() < size_t(BLOCKS * tiles + 1) * TILE * TILE) memory.resize((BLOCKS * tiles + 1) * TILE * TILE);
+        auto* packed = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+        const TileConfig config;
+        _tile_loadconfig(&config);
+        for (int64_t first = 0; first < rows; first += BLOCKS * TILE) {
+            const int64_t here = rows - first < BLOCKS * TILE ? rows - first : BLOCKS * TILE, count = (here + TILE - 1) / TILE;
+            const auto* mine = reinterpret_cast<const uint32_t*>(x + first * inputs);
+            for (int64_t b = 0; b < count; b++)
+                for (int64_t k = 0; k < tiles; k++)
+                    transpose(mine + b * TILE * inputs / 2 + k * TILE, inputs / 2, here - b * TILE,
+                              packed + (b * tiles + k) * TILE * TILE);
+            const auto* operand = reinterpret_cast<const uint16_t*>(packed);
+#pragma omp for schedule(static) nowait
+            for (int64_t column = 0; column < outputs; column += TILE) {
+                const uint8_t* from = weight + column / TILE * tiles * Format::BYTES;
+                if (count == 1) multiply<Format, 1>(operand, from, tiles, ring, sums);
+                if (count == 2) multiply<Format, 2>(operand, from, tiles, ring, sums);
+                if (count == 3) multiply<Format, 3>(operand, from, tiles, ring, sums);
+                if (count == 4) multiply<Format, 4>(operand, from, tiles, ring, sums);
+                const __m512 by = scales ? _mm512_loadu_ps(scales + column) : _mm512_set1_ps(1);
+                const __m512 plus = bias ? _mm512_loadu_ps(bias + column) : _mm512_setzero_ps();
+                for (int64_t b = 0; b < count; b++) {
+                    transpose(reinterpret_cast<uint32_t*>(sums) + b * TILE * TILE, TILE, TILE, turned);
+                    for (int64_t i = 0; i < TILE && b * TILE + i < here; i++)
+                        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (first + b * TILE + i) * outputs + column),
+                                            __m256i(_mm512_cvtneps_pbh(_mm512_fmadd_ps(
+                                                _mm512_castsi512_ps(_mm512_load_si512(turned + i * TILE)), by, plus))));
+                }
+            }
+        }
+        _tile_release();
+    }
+}
+
+constexpr int TRIES = 14;  // float16 numbers around an estimate: eight round to the same bfloat16
+
+inline float number_of(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits;
+}
+
+// The bits of x rounded to bfloat16, in the upper half.
+inline uint32_t rounded(float x) {
+    const uint32_t bits = bits_of(x);
+    return (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
+}
+
+// Half the distance between bfloat16 numbers of this size.
+inline float half_ulp(float x) { return number_of(bits_of(x) & 0x7f800000) / 256; }
+
+struct Half {
+    uint16_t bits;
+    explicit Half(float x) : bits(_cvtss_sh(x, 0)) {}
+    explicit Half(uint16_t x) : bits(x) {}
+    operator float() const { return _cvtsh_ss(bits); }
+    // The k-th nearest number, counted 0, 1, -1, 2, -2 ...
+    Half near(int k) const { return Half(uint16_t(bits + (k % 2 ? (k + 1) / 2 : -k / 2))); }
+};
+
+// 32 weights of one output, and the block they were made of
+struct Found {
+    float weights[PAIRS], numbers[PAIRS];
+    Half step{0.0f}, least{0.0f};
+
+    explicit Found(const uint16_t* from) {
+        for (int64_t i = 0; i < PAIRS; i++) weights[i] = from[i] == 0x8000 ? 0 : number_of(uint32_t(from[i]) << 16);  // -0 is 0
+    }
+
+    // Whether numbers from lowest to highest, times the step, plus the least, are the weights to the last bit.
+    bool made_by(Half its_step, Half its_least, float lowest, float highest) {
+        step = its_step, least = its_least;
+        const float by = step != 0 ? 1 / step : 0;
+        int wrong = 0;
+        for (int64_t i = 0; i < PAIRS; i++) {
+            const float number = std::nearbyint((weights[i] - least) * by);
+            numbers[i] = number < lowest ? lowest : number > highest ? highest : number;
+            wrong += rounded(numbers[i] * step + least) != bits_of(weights[i]);
+        }
+        return wrong == 0;
+    }
+
+    // Q8_0: the largest number is 127.
+    bool eight_bits() {
+        float largest = 0;
+        for (float weight : weights) largest = std::fabs(weight) > largest ? std::fabs(weight) : largest;
+        for (int k = 0; k < TRIES; k++)
+            if (made_by(Half(largest / 127).near(k), Half(0.0f), -127, 127)) return true;
+        return false;
+    }
+
+    // Q4_1: the least weight has number 0, the greatest 15. Q4_0: the largest one has number 0, and lies 8 steps from zero.
+    bool four_bits() {
+        float lowest = weights[0], highest = weights[0];
+        for (float weight : weights) lowest = weight < lowest ? weight : lowest, highest = weight > highest ? weight : highest;
+        for (int k = 0; k < TRIES; k++) {
+            const Half origin = Half(lowest).near(k);
+            if (rounded(origin) != bits_of(lowest)) continue;
+            const Half middle(step_from(origin, highest));
+            for (int near = 0; near < TRIES; near++)
+                if (made_by(middle.near(near), origin, 0, 15)) return true;
+        }
+        const float largest = -lowest > highest ? lowest : highest;
+        for (int k = 0; k < TRIES; k++) {
+            const Half eighth = Half(largest / -8).near(k);
+            if (made_by(eighth, Half(-8 * eighth), 0, 15)) return true;
+        }
+        return false;
+    }
+
+    // The middle of the steps by which no weight is further from a whole number of them than bfloat16 rounds.
+    float step_from(float origin, float highest) const {
+        const float by = highest > origin ? 15 / (highest - origin) : 0;
+        float lower = 0, upper = highest > origin ? highest - origin : 0;
+        for (float weight : weights) {
+            const float number = std::nearbyint((weight - origin) * by), off = half_ulp(weight);
+            const float above = number > 0 ? (weight - off - origin) / number : lower;
+            const float below = number > 0 ? (weight + off - origin) / number : upper;
+            lower = above > lower ? above : lower;
+            upper = below < upper ? below : upper;
+        }
+        return (lower + upper) / 2;
+    }
+};
+
+// One block of weight [outputs, inputs] for each output of each tile. False as soon as one is not found.
+template <typename Format>
+bool find(const uint16_t* weight, uint8_t* out, int64_t outputs, int64_t inputs) {
+    constexpr bool FOUR = Format::BYTES < WEIGHTS;
+    bool all = true;
+#pragma omp parallel for schedule(static) reduction(&& : all)
+    for (int64_t tile = 0; tile < outputs * inputs / WEIGHTS; tile++) {
+        const int64_t column = tile * PAIRS / inputs * TILE, input = tile * PAIRS % inputs;
+        uint8_t* to = out + tile * Format::BYTES;
+        for (int64_t i = 0; all && i < TILE; i++) {
+            Found block(weight + (column + i) * inputs + input);
+            all = FOUR ? block.four_bits() : block.eight_bits();
+            for (int64_t k = 0; k < PAIRS; k++) {
+                const auto number = int8_t(block.numbers[k]);
+                if (!FOUR)
+                    to[i * PAIRS + k] = number;
+                else if (uint8_t& both = to[i / 4 * 64 + k / 2 * 4 + i % 4]; k % 2 == 0)
+                    both = number;
+                else
+                    both |= number << 4;
+            }
+            auto* steps = reinterpret_cast<uint16_t*>(to + (FOUR ? WEIGHTS / 2 : WEIGHTS));
+            steps[i] = block.step.bits;
+            if (FOUR) steps[TILE + i] = block.least.bits;
+        }
+    }
+    return all;
+}
+
+}  // namespace
+
+extern "C" void int8_product(const uint16_t* x, const uint8_t* weight, const float* scales, const float* bias, uint16_t* out,
+                             int64_t rows, int64_t inputs, int64_t outputs) {
+    product<Whole>(x, weight, scales, bias, out, rows, inputs, outputs);
+}
+
+extern "C" void block_product(const uint16_t* x, const uint8_t* weight, const float* bias, uint16_t* out, int64_t rows,
+                              int64_t inputs, int64_t outputs, int64_t bits) {
+    const auto of = bits == 4 ? product<Block4> : product<Block8>;
+    of(x, weight, nullptr, bias, out, rows, inputs, outputs);
+}
+
+// weight [outputs, inputs] -> out [outputs / 16, inputs / 32, bytes of a tile]. 0 where it was not made of such blocks.
+extern "C" int64_t find_blocks(const uint16_t* weight, uint8_t* out, int64_t outputs, int64_t inputs, int64_t bits) {
+    return bits == 4 ? find<Block4>(weight, out, outputs, inputs) : find<Block8>(weight, out, outputs, inputs);
+}
+
+#else
+
+extern "C" void int8_product(const uint16_t*, const uint8_t*, const float*, const float*, uint16_t*, int64_t, int64_t, int64_t) {}
+extern "C" void block_product(const uint16_t*, const uint8_t*, const float*, uint16_t*, int64_t, int64_t, int64_t, int64_t) {}
+extern "C" int64_t find_blocks(const uint16_t*, uint8_t*, int64_t, int64_t, int64_t) { return 0; }
+
+#endif
