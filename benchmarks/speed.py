@@ -3,8 +3,8 @@
     python benchmarks/speed.py --out benchmarks/results/speed/NAME
     python benchmarks/speed.py --out benchmarks/results/speed/NAME --parts forward,prefix --repeats 9
 
-forward   a verification forward by its rows: packed, in GGUF blocks if it has some, in int8, by the model's own code; and
-          its products alone
+forward   a verification forward by its rows: packed, in GGUF blocks if it has some, in int8, by the model's own code;
+          and its products alone
 plain     tokens per second without a draft: `model.generate` of transformers, and our decoder in the same ways
 prefix    a round, of a tree and of one row, and the bytes of the cache, by the tokens before it
 batch     tokens per second of plain decoding and of drafts, by batch and tree; trees of a fixed shape and adaptive ones
