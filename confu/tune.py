@@ -53,6 +53,7 @@ TREES = (
 )
 CONTEMPLATE = (None, 4, 2, 1, 0)
 FEW = 1  # contemplate rows while limits are compared: with one behind every node only small trees pay
+DAMAGED = "%s is damaged and is not read; run `confu tune` again"
 ONLY_TRAINED = "Only a trained draft has trees to tune; name one (`confu info` lists them)."
 
 
@@ -267,7 +268,9 @@ def write(folder: Path, decoder: Decoder, tuning: Tuning) -> Path:
         document = {"schema_version": SCHEMA_VERSION, "machines": machines}
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            partial = path.with_suffix(".tmp")  # other machines' entries outlive an interrupt
+            partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            partial.replace(path)
             return path
     raise ValueError(f"Neither {folder} nor {cache_dir()} can be written to; name another folder in CONFU_CACHE.")
 
@@ -276,11 +279,15 @@ def read(folder: Path, decoder: Decoder) -> tuple[TreeConfig, Costs] | None:
     """Limits and costs found for this draft on this machine; None where it was not tuned."""
     for path in _places(folder):
         entry = _machines(path).get(machine_key(decoder))
-        if entry is not None and entry.get("draft") != _digest(folder):
+        if entry is None:
+            continue
+        try:
+            if entry["draft"] == _digest(folder):
+                tree = from_dict(TreeConfig, entry["tree"], source=str(path))
+                return tree, from_dict(Costs, entry["costs"], source=str(path))
             logger.warning("%s is of other weights of this draft and is not used; run `confu tune` again", path)
-        elif entry is not None:
-            tree = from_dict(TreeConfig, entry["tree"], source=str(path))
-            return tree, from_dict(Costs, entry["costs"], source=str(path))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            logger.warning(DAMAGED, path)
     return None
 
 
@@ -304,10 +311,10 @@ def _machines(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["schema_version"] == SCHEMA_VERSION:
-            return document["machines"]
+            return {**document["machines"]}
         logger.warning("%s is of another version and is not read; run `confu tune` again", path)
     except OSError:
         pass
     except (ValueError, KeyError, TypeError):
-        logger.warning("%s is damaged and is not read; run `confu tune` again", path)
+        logger.warning(DAMAGED, path)
     return {}

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import naive
 import pytest
@@ -166,6 +167,45 @@ def test_findings_are_kept_per_machine(tuning, tmp_path, caplog):
         with caplog.at_level(logging.WARNING):
             assert tune.read(folder, decoder) is None
         assert said in caplog.text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda machines, key: None,
+        lambda machines, key: [key],
+        lambda machines, key: {key: "fast"},
+        lambda machines, key: {key: {**machines[key], "costs": None}},
+        lambda machines, key: {key: {**machines[key], "tree": {"nodes": 0}}},
+        lambda machines, key: {key: {**machines[key], "tree": []}},
+        lambda machines, key: {key: {name: machines[key][name] for name in ("draft", "tree")}},
+    ],
+)
+def test_damaged_findings_are_left_out(tuning, tmp_path, caplog, change):
+    """Trees are then as without any, and another `confu tune` mends the file."""
+    decoder, found = tuning
+    path = tune.write(tmp_path, decoder, found)
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps(document | {"machines": change(document["machines"], tune.machine_key(decoder))}))
+    with caplog.at_level(logging.WARNING):
+        assert tune.read(tmp_path, decoder) is None
+    assert "tuned.json is damaged and is not read; run `confu tune` again" in caplog.text
+    tune.write(tmp_path, decoder, found)
+    assert tune.read(tmp_path, decoder) == (found.tree, found.costs)
+
+
+def test_an_interrupt_leaves_what_was_found_before(tuning, tmp_path, monkeypatch):
+    decoder, found = tuning
+    path = tune.write(tmp_path, decoder, found)
+
+    def interrupted(path, *args, **kwargs):
+        path.write_bytes(b"{")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tune.write(tmp_path, decoder, found)
+    assert tune.read(path.parent, decoder) == (found.tree, found.costs)
 
 
 def test_findings_are_those_of_the_weights(tuning, tmp_path, caplog):
