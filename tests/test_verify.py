@@ -14,6 +14,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from confu import generate
 from confu.config import SamplingConfig, TreeConfig
+from confu.costs import Costs
 from confu.generate import Decoder
 from confu.tree import Tree, chain, from_parents
 from confu.verify import Sampler, Walk, invert_cdf, penalise, walk
@@ -212,9 +213,9 @@ def exact_law(model, temperature: float, top_p: float) -> dict[tuple[int, ...], 
     return law
 
 
-def sampled(target, drafter, temperature: float, top_p: float) -> Counter:
+def sampled(target, drafter, temperature: float, top_p: float, costs: Costs | None = None) -> Counter:
     """Answers of the engine, each sequence of each batch with its own seed."""
-    decoder = Decoder(target, drafter, tree=TreeConfig(nodes=10, depth=3, topk=3, contemplate=4))
+    decoder = Decoder(target, drafter, tree=TreeConfig(nodes=10, depth=3, topk=3, contemplate=4), costs=costs)
     counts = Counter()
     for call in range(CALLS):
         sampling = SamplingConfig(max_new_tokens=LENGTH, temperature=temperature, top_p=top_p, seed=call * BATCH)
@@ -240,6 +241,18 @@ def fits(counts: Counter, law: dict) -> float:
 def test_answers_follow_the_targets_law(target8, model8, drafters8, method, temperature, top_p):
     counts = sampled(target8, drafters8[method], temperature, top_p)
     assert fits(counts, exact_law(model8, temperature, top_p)) > 1e-4
+
+
+@pytest.mark.parametrize("method", ["eagle3", "confu"])
+def test_answers_by_adaptive_trees_follow_the_targets_law(target8, model8, drafters8, monkeypatch, method):
+    """Their size is decided by what was accepted before, in all sequences of the batch together."""
+    costs = Costs(verify=((BATCH, 10.0), (10 * BATCH, 16.0)), level=((1, 0.1),), commit=((1, 1.0),))
+    drafter, trees = drafters8[method], []
+    grow = drafter.grow
+    monkeypatch.setattr(drafter, "grow", lambda *args: trees.append(grow(*args)) or trees[-1])
+    counts = sampled(target8, drafter, 1.0, 1.0, costs)
+    assert len({tree.tokens.shape[1] for tree in trees}) > 1
+    assert fits(counts, exact_law(model8, 1.0, 1.0)) > 1e-4
 
 
 def test_a_biased_walk_breaks_the_law(target8, model8, drafters8, monkeypatch):
