@@ -101,8 +101,8 @@ def _best_ahead(tree: Tree, end: Int[Tensor, "B 1"]) -> Bool[Tensor, "B N"]:
 
 
 class Sampler:
-    """Draws from the target's warped distribution; argmax at temperature 0. One generator for each sequence, so that a
-    sequence draws the same tokens alone and in a batch."""
+    """Draws from the target's warped distribution; argmax at temperature 0. One generator for each sequence, so that by
+    the same trees a sequence draws the same tokens alone and in a batch (adaptive ones depend on the batch)."""
 
     def __init__(self, config: SamplingConfig, num_sequences: int) -> None:
         self.config = config
