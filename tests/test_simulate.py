@@ -4,6 +4,7 @@ import pytest
 from made_rows import TREE, results, row
 from test_bench import bench_run, home, settled  # noqa: F401 (fixtures)
 
+from confu.bench.results import Results
 from confu.bench.simulate import (
     H100,
     MODELS,
@@ -56,6 +57,10 @@ def test_prediction_is_tau_over_the_cost_of_a_round():
     assert measured(run, "eagle3") == (6 - 1) / (10.0 - 2.5)
     table = prediction_table(find(run, {}))
     assert table.rows == [["eagle3", "0.3", "0.7", "-48%"]]
+    failed = row("eagle3", "a1", 10.0, [3, 2, 1], error="OutOfMemoryError")
+    prompt_only = row("eagle3", "a1", 10.0, [])
+    for nothing_decoded in (failed, prompt_only):
+        assert prediction_table(find(Results(run.run, [rows[0], nothing_decoded]), {})).rows == []
 
 
 def test_roofline_is_the_longer_of_memory_and_arithmetic():

@@ -126,11 +126,12 @@ def predicted(results: Results, method: str, tau: float) -> float | None:
     return tau / (target + sum(costs["rounds"][method].values()))
 
 
-def measured(results: Results, method: str) -> float:
-    """Decoded tokens per second, prefill and first tokens left out."""
+def measured(results: Results, method: str) -> float | None:
+    """Decoded tokens per second, prefill and first tokens left out; None where no answer has more."""
     rows = answered(results.rows, method)
     seconds = sum(row["wall_seconds"] - row["prefill_seconds"] for row in rows)
-    return sum(row["num_tokens"] - 1 for row in rows) / seconds
+    num_tokens = sum(row["num_tokens"] - 1 for row in rows)
+    return num_tokens / seconds if num_tokens else None
 
 
 def prediction_table(findings: Findings) -> Table:
@@ -138,8 +139,8 @@ def prediction_table(findings: Findings) -> Table:
     table = []
     for name, found in findings.overall.items():
         expected = predicted(findings.results, name, found.mean_acceptance_length or 1.0)
-        if expected is not None:
-            actual = measured(findings.results, name)
+        actual = measured(findings.results, name)
+        if expected is not None and actual is not None:
             table.append([name, number(expected, 1), number(actual, 1), f"{expected / actual - 1:+.0%}"])
     header = ["method", "predicted tokens/s", "measured", "off by"]
     return Table("Decoding speed, predicted from measured costs", header, table)
