@@ -53,6 +53,7 @@ def test_a_task_is_spread_over_the_file(tmp_path):
         ('{"turns": ["a", " "]}\n', "line 1 is no question"),
         ('{"turns": ["a"]}\n{"turns"\n', r"line 2 is not JSON: Expecting ':' delimiter \(column 10\); mend"),
         ('{"turns": ["a"]}\n\udcff\n', "line 2 is not UTF-8 text; give a JSONL file in UTF-8"),
+        (r'{"prompt": "\ud83d"}', "line 1 holds a lone surrogate, which is no Unicode text; mend it"),
         ('{"id": 1, "prompt": "a"}\n{"id": "1", "prompt": "b"}\n', "two questions of id 1"),
     ],
 )

@@ -12,7 +12,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from confu.data.rows import Rows
+from confu.data.rows import LONE_SURROGATE, Rows, has_lone_surrogate
 from confu.models import cache_dir
 
 SPEC_BENCH = "spec-bench"
@@ -96,11 +96,13 @@ def _halving(count: int) -> list[int]:
 def _question(row: Any, place: str, tasks: dict[str, str]) -> Question:
     turns = row.get("turns", row.get("prompt")) if isinstance(row, dict) else None
     turns = [turns] if isinstance(turns, str) else turns
+    file, line = place.rsplit(":", 1)
+    if has_lone_surrogate(row):
+        raise ValueError(f"{file}, line {line} holds {LONE_SURROGATE}; mend it or leave it out.")
     if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
-        file, line = place.rsplit(":", 1)
         raise ValueError(f"{file}, line {line} is no question: it needs `turns`, a list of texts, or `prompt`, a text.")
     category = str(row.get("category", "all"))
-    name = row.get("question_id", row.get("id", place.rsplit(":", 1)[1]))
+    name = row.get("question_id", row.get("id", line))
     return Question(str(name), tasks.get(category, category), tuple(turns))
 
 
