@@ -381,6 +381,15 @@ def test_a_failed_question_is_marked_and_tried_again(bench_run, monkeypatch, tmp
     assert len(rows_of(tmp_path / "out")) == 2 * NUM_ANSWERS + 2
 
 
+def test_a_question_that_is_too_long_fails_alone_in_its_batch(bench_run, home, tmp_path):
+    write_jsonl(home / "long.jsonl", [QUESTIONS[0], {"question_id": 9, "prompt": "1" * 5000}, QUESTIONS[2]])
+    status, _, err = bench_run("--methods", "lookup", "--batch-size", "3", suite="long.jsonl")
+    assert status == 0
+    assert "lookup: 1 of 3 answers failed (the first: ValueError: the prompt has 50" in err
+    errors = {row["question"]: row["error"] for row in rows_of(tmp_path / "out") if row["method"] == "plain"}
+    assert [question for question, error in errors.items() if error] == ["9"]
+
+
 def test_a_method_without_an_answer_fails_the_run(bench_run, monkeypatch, tmp_path):
     answer = DecoderEngine.answer
 

@@ -144,15 +144,21 @@ class _Bench:
         failed: dict[str, str] = {}
         for turn in range(max(len(question.turns) for question in batch)):
             asked = [question for question in batch if turn < len(question.turns)]
-            able = [question for question in asked if question.id not in failed]
+            prompts: dict[str, list[int]] = {}
+            for question in asked:
+                if question.id not in failed:
+                    try:
+                        prompts[question.id] = self._prompt(question, said[question.id])
+                    except Exception as error:  # of the tokenizer's template, the context's length
+                        failed[question.id] = failure(error)
+            able = [question for question in asked if question.id in prompts]
             measured: dict[str, Row] = {}
             try:
-                prompts = [prompt_ids(self.tokenizer, question, said[question.id]) for question in able]
                 sampling = self._sampling(method, able, repeat, turn)
-                answers = method.engine.answer(prompts, sampling) if able else []
-                for question, prompt, answer in zip(able, prompts, answers, strict=True):
-                    measured[question.id] = self._measured(question, method, repeat, prompt, answer)
-            except Exception as error:  # of the tokenizer's template, the context's length, memory, a peer ...
+                answers = method.engine.answer(list(prompts.values()), sampling) if able else []
+                for question, answer in zip(able, answers, strict=True):
+                    measured[question.id] = self._measured(question, method, repeat, prompts[question.id], answer)
+            except Exception as error:  # of memory, a peer ...
                 failed |= {question.id: failure(error) for question in able}
             for question in asked:
                 row: Row = {"question": question.id, "task": question.task, "turn": turn, "method": method.name}
@@ -161,6 +167,13 @@ class _Bench:
                     row |= measured[question.id]
                     said[question.id].append(measured[question.id]["text"])
                 yield row
+
+    def _prompt(self, question: Question, answers: Sequence[str]) -> list[int]:
+        """Raises ValueError for one that is too long, before it can fail the batch that it would be answered in."""
+        prompt, most = prompt_ids(self.tokenizer, question, answers), self.plain.decoder.target.max_positions
+        if len(prompt) >= most:
+            raise ValueError(f"the prompt has {len(prompt)} tokens, but the target's context is {most}")
+        return prompt
 
     def _measured(self, question: Question, method: Method, repeat: int, prompt: list[int], answer: Answer) -> Row:
         ids = cut(answer.token_ids, self.eos_ids, self.config.max_new_tokens)
