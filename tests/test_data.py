@@ -166,15 +166,28 @@ def test_only_newlines_end_a_line(tmp_path, separator):
     ("content", "words"),
     [
         (None, "No data file at"),
-        (b"", "No conversation of"),
+        (b"", "No conversation of .*: it holds no row; give"),
         (b"\n\n", "No conversation of"),
         (b'{"x": 1}\n', "could be used: {'no messages, or prompt and response': 1}"),
         (b'{"prompt": "a", "response": "yes"}\n{"prompt": \n', "line 2 is not JSON"),
         (b'{"prompt": "a", "response": "yes"}\n\nthree\n', "line 3 is not JSON"),
+        (b'{"prompt": "a", "response": "yes"}\n' + b"[" * 100_000, "line 2 cannot be read: "),
+        (b'{"id": ' + b"1" * 5000 + b"}\n", "line 1 cannot be read: Exceeds the limit"),
         (b"\xff\xfe\x00", "is not UTF-8"),
         ("folder", "JSONL"),
     ],
-    ids=["missing", "empty", "blank", "nothing usable", "cut off", "blank line before", "not text", "folder"],
+    ids=(
+        "missing",
+        "empty",
+        "blank",
+        "nothing usable",
+        "cut off",
+        "blank line before",
+        "deep",
+        "long number",
+        "not text",
+        "folder",
+    ),
 )
 def test_bad_file_is_refused_in_one_sentence(tmp_path, content, words):
     path = tmp_path / "a.jsonl"

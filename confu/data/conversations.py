@@ -64,7 +64,10 @@ def read_conversations(rows: Rows, config: RegenerateConfig) -> tuple[list[Conve
         else:
             conversations[name] = Conversation(name, row, turns, _temperature(name, config))
     if not conversations:
-        raise ValueError(f"No row of {', '.join(rows.sources)} can be answered: {dict(Counter(refused.values()))}.")
+        why = dict(Counter(refused.values())) or "it holds no row"
+        raise ValueError(
+            f"No row of {', '.join(rows.sources)} can be answered: {why}; give rows with prompt or messages."
+        )
     return list(conversations.values()), refused
 
 

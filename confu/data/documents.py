@@ -51,8 +51,9 @@ def read_documents(
         yield document
     names = ", ".join(rows.sources)
     if num_supervised == 0:
+        why = dict(skipped) or "it holds no row"
         raise ValueError(
-            f"No conversation of {names} could be used: {dict(skipped)}; give rows whose answers the target's chat "
+            f"No conversation of {names} could be used: {why}; give rows whose answers the target's chat "
             "template renders as they are."
         )
     if num_supervised == num_tokens:

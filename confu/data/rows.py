@@ -109,9 +109,10 @@ def _parse(line: bytes, source: str, number: int) -> Any:
     except UnicodeDecodeError:
         raise ValueError(f"{source}, line {number} is not UTF-8 text; give a JSONL file in UTF-8.") from None
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{source}, line {number} is not JSON: {error.msg} (column {error.pos + 1}); mend or remove that line."
-        ) from None
+        why = f"is not JSON: {error.msg} (column {error.pos + 1})"
+    except (ValueError, RecursionError) as error:  # a number of too many digits, brackets too deep
+        why = f"cannot be read: {first_line(error)}"
+    raise ValueError(f"{source}, line {number} {why}; mend or remove that line.")
 
 
 def _stream_from_hub(source: str) -> Iterator[Any]:
