@@ -166,13 +166,15 @@ def test_second_turn_of_the_training_data_is_found(recipe, target, tmp_path):
         (None, "eval_prompts .* is no UTF-8 file"),
         ('{"prompt": "9"}\n{"text": "x"}\n', "line 2 is no JSON object with prompt or messages"),
         ('{"messages": []}\n', "line 1 is no JSON object"),
+        ('{"messages": [{"role": "assistant", "content": "9"}]}\n', "line 1 is no JSON object"),
         ("[]\n", "line 1 is no JSON object"),
+        ("[" * 100_000, "line 1 is no JSON object"),
         ("{\n", "line 1 is no JSON object"),
         ('{"prompt": "cut \\ud83d"}\n', "line 1 holds a lone surrogate, which is no Unicode text"),
         ("", "holds no prompt"),
         (json.dumps({"prompt": "long " * 100}), "has 5.. tokens, which with eval_tokens = 64 is more than .* 512"),
     ],
-    ids=["missing", "other", "no messages", "array", "not JSON", "surrogate", "empty", "long"],
+    ids=["missing", "other", "no messages", "answer alone", "array", "deep", "not JSON", "surrogate", "empty", "long"],
 )
 def test_unusable_prompts_are_one_sentence(recipe, target, tmp_path, content, words):
     path = tmp_path / "p.jsonl"

@@ -127,7 +127,7 @@ def read_prompts(path: Path) -> list[list[Message]]:
             continue
         try:
             found.append(_conversation(json.loads(line)))
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise ValueError(f"{path}, line {number} is no JSON object with prompt or messages.") from None
         if has_lone_surrogate(found[-1]):
             raise ValueError(f"{path}, line {number} holds {LONE_SURROGATE}; mend it or leave it out.")
@@ -136,9 +136,11 @@ def read_prompts(path: Path) -> list[list[Message]]:
 
 def _conversation(row: dict[str, Any]) -> list[Message]:
     messages = messages_of(row | {"response": ""} if "prompt" in row else row)
+    if messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
     if not messages:
         raise ValueError
-    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    return messages
 
 
 def _answered(corpus: Corpus, prompts: set[tuple[int, ...]]) -> set[tuple[int, ...]]:
