@@ -213,6 +213,9 @@ def test_other_settings_data_or_files_are_refused(tmp_path):
     out.write_text("[]\n")
     with pytest.raises(ValueError, match="line 1 is no answered row"):
         run(write_jsonl(tmp_path / "in.jsonl", PROMPTS), out, target="tiny")
+    (tmp_path / "out.settings.json").write_text("")
+    with pytest.raises(ValueError, match=r"out.settings.json is damaged, .* give another --out"):
+        run(file, out, target="tiny")
 
 
 # ---------------------------------------------------------------- rows that fail
@@ -273,6 +276,8 @@ def test_too_many_failures_stop_the_run(tmp_path, monkeypatch):
         run(mostly_bad, tmp_path / "bad.out.jsonl", MIXED)
     with pytest.raises(ValueError, match="No row of .* can be answered"):
         run(write_jsonl(tmp_path / "none.jsonl", [{"x": 1}]), tmp_path / "none.out.jsonl")
+    with pytest.raises(ValueError, match="can be answered: it holds no row; give rows with prompt or messages"):
+        run(write_jsonl(tmp_path / "none.jsonl", []), tmp_path / "none.out.jsonl")
 
 
 # ---------------------------------------------------------------- a server
@@ -300,15 +305,21 @@ def server(monkeypatch):
             if said == "busy" and state["busy"]:
                 state["busy"] -= 1
                 return self._reply(503, {"message": "wait"})
+            if said == "garbled":
+                return self._reply(200, {}, encoding="gzip")
+            if said == "deep":
+                return self._reply(200, b"[" * 100_000)
             reason = {"long": "length", "filtered": "content_filter"}.get(said, "stop")
             content = f"{len(said)} é" if said != "half" else "\ud83d"
             choice = {"message": {"role": "assistant", "content": content}, "finish_reason": reason}
-            return self._reply(200, {"choices": [choice], "usage": {"completion_tokens": 2}})
+            usage = {"listed": [2], "uncounted": {"completion_tokens": None}}.get(said, {"completion_tokens": 2})
+            return self._reply(200, {"choices": [choice], "usage": usage})
 
-        def _reply(self, status, body):
-            data = json.dumps(body).encode()
+        def _reply(self, status, body, encoding="identity"):
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Encoding", encoding)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
@@ -362,6 +373,14 @@ def test_server_answers_and_a_failing_row_is_recorded(server, tmp_path):
     assert {r["messages"][0]["content"] for r in server["requests"]} == {"bad", "crash", "filtered", "half"}
 
 
+def test_reply_that_cannot_be_read_fails_its_row_alone(server, tmp_path):
+    done = ask(server, [{"id": w, "prompt": w} for w in ("garbled", "deep", "listed", "uncounted", "one")], tmp_path)
+    assert {row["id"] for row in lines(tmp_path / "out.jsonl")} == {"listed", "uncounted", "one"}
+    assert done.num_tokens == 2
+    reasons = {row["id"]: row["reason"] for row in lines(tmp_path / "out.errors.jsonl")}
+    assert reasons == {"garbled": "DecodingError", "deep": f"HTTP 200: {'[' * 200}"}
+
+
 def test_server_gets_its_own_earlier_answers(server, tmp_path):
     ask(server, [chat("system: s", "user: hello", "assistant: old", "user: more")], tmp_path)
     expected = chat("system: s", "user: hello", "assistant: 5 é", "user: more")["messages"]
@@ -382,6 +401,8 @@ def test_unusable_server_is_one_sentence(server, tmp_path):
     with pytest.raises(ValueError, match="serves a, b; name one with --model"):
         ask(server, PROMPTS, tmp_path)
     assert ask(server, PROMPTS, tmp_path, model="b").num_answered == 13
+    with pytest.raises(ValueError, match="base_url is 'localhost:8000/v1'; give an address that begins with http://"):
+        ServerEngine("localhost:8000/v1", MIXED, model="b")
     with pytest.raises(ValueError, match=r"No server answers at http://127.0.0.1:9/v1 \(ConnectError\)"):
         ServerEngine("http://127.0.0.1:9/v1", MIXED)
     engine = ServerEngine("http://127.0.0.1:9/v1", MIXED, model="gone")

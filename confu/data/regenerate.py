@@ -241,7 +241,10 @@ def _same_settings(out: Path, settings: dict[str, Any]) -> None:
         partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
         return
-    begun = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        begun = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} is damaged, so nobody knows how {out} was begun; give another --out.") from None
     other = next((name for name in begun | settings if begun.get(name) != settings.get(name)), None)
     if other == "data":
         raise ValueError(f"{out} was begun with other data than these files hold now; give another --out.")

@@ -37,6 +37,8 @@ class ServerEngine:
         """``base_url`` ends in /v1 as a rule. Raises ValueError when the server cannot be used."""
         if concurrency < 1:
             raise ValueError(f"concurrency is {concurrency}; give 1 or more.")
+        if not base_url.startswith(("http://", "https://")):
+            raise ValueError(f"base_url is {base_url!r}; give an address that begins with http:// or https://.")
         self.base_url, self.config = base_url.rstrip("/"), config
         self.concurrency = concurrency
         key = os.environ.get("OPENAI_API_KEY")
@@ -83,7 +85,7 @@ class ServerEngine:
             failure: Exception | None = None
             try:
                 response = await client.post(f"{self.base_url}/chat/completions", json=request)
-            except httpx2.TransportError as error:
+            except httpx2.RequestError as error:
                 failure, reason = error, type(error).__name__
             else:
                 if response.status_code in USELESS:
@@ -122,7 +124,9 @@ def _read_reply(reply: Any, seed: int) -> Answer | str:
         return f"the answer ended by {reason!r}, not by itself or at the limit"
     if has_lone_surrogate(text):
         return f"the answer holds {LONE_SURROGATE}"
-    return Answer(text, reason, (reply.get("usage") or {}).get("completion_tokens", 0), seed)
+    usage = reply.get("usage")
+    num_tokens = usage.get("completion_tokens") if isinstance(usage, dict) else 0
+    return Answer(text, reason, num_tokens if isinstance(num_tokens, int) else 0, seed)
 
 
 def _refusal(base_url: str, response: httpx2.Response) -> str:
@@ -145,6 +149,6 @@ def _message(response: httpx2.Response) -> str:
 def _is_json(response: httpx2.Response) -> bool:
     try:
         response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
