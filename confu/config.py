@@ -279,6 +279,8 @@ class TrainConfig:
     data: tuple[str, ...]
     """Chat JSONL files (``messages``, or ``prompt`` and ``response``), Hub data sets (``hub:OWNER/NAME``), or one
     folder that `confu data prepare` wrote."""
+    data_licenses: tuple[str, ...] | None = None
+    """Licences of ``data``, one for each, for the draft's model card."""
     target: str = "smollm2-135m"
     """Name, folder or Hub id of the target."""
     init: str | None = None
@@ -359,6 +361,10 @@ class TrainConfig:
             raise ValueError(f"method is {self.method!r}; give 'eagle3' or 'confu'.")
         if not self.data:
             raise ValueError("data names no file; give at least one chat JSONL file, hub: data set or prepared folder.")
+        if self.data_licenses is not None and len(self.data_licenses) != len(self.data):
+            raise ValueError(
+                f"data_licenses is {len(self.data_licenses)} for {len(self.data)} of data; give one for each, or none."
+            )
         for name in (
             "steps",
             "batch_tokens",

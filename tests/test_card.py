@@ -73,6 +73,18 @@ def test_tokens_of_the_drafts_before_are_counted(tmp_path):
     assert "320,464 supervised tokens were seen, 2,000 before that by the draft it started from." in card
 
 
+def test_licences_of_recipes_are_shown_those_of_drafts_before_included(tmp_path):
+    recipe, first = PROVENANCE["recipe"], {"recipe": {"data": ["old.jsonl"], "data_licenses": ["mit"]}}
+    recipe = recipe | {
+        "data": ["/home/me/answers.jsonl", "hub:org/chats"],
+        "data_licenses": ["cc-by-4.0", "apache-2.0"],
+    }
+    card = write_card(make_run(tmp_path / "run", recipe=recipe, started_from=first)).read_text()
+    rows = {name: rendered(card)[0].get(name) for name in ("old.jsonl", "answers.jsonl", "chats")}
+    assert rows == {"old.jsonl": "mit", "answers.jsonl": "cc-by-4.0", "chats": "apache-2.0"}
+    assert "data_licenses" not in card
+
+
 def test_results_measured_elsewhere_take_the_place_of_the_runs(tmp_path):
     final = make_run(tmp_path / "run")
     text = card(final, run=tmp_path / "run", results="tau 3 elsewhere")

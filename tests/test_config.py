@@ -65,6 +65,7 @@ def test_all_missing_keys_are_named():
         (TrainConfig, "data", "a.jsonl"),
         (TrainConfig, "data", [1]),
         (TrainConfig, "init", 3),
+        (TrainConfig, "data_licenses", ["mit", "mit"]),
         (DraftConfig, "rope_parameters", [1]),
         (DraftConfig, "feature_layers", ["2", "4", "5"]),
         (DraftConfig, "feature_layers", [2, 4]),

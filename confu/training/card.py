@@ -80,24 +80,25 @@ def card(
 
     ``run`` is the run folder, whose metrics.jsonl holds the evaluations and whose name the card takes. ``license`` is
     that of the weights, by the Hub's identifier; ``licenses`` are those of the training data by file or data set (one
-    named as on the Hub, owner/name, is linked from the card's front matter). ``results`` is Markdown in place of
-    the run's evaluation. Raises ValueError when ``folder`` holds no draft.
+    named as on the Hub, owner/name, is linked from the card's front matter), else those that recipes name. ``results``
+    is Markdown in place of the run's evaluation. Raises ValueError when ``folder`` holds no draft.
     """
     facts = draft_info(str(folder))
     origin = facts["provenance"] or {}
+    licenses = licenses or _licenses(origin)
     recipe = origin.get("recipe", {})
     sections = {
         "Use": USE + (USE_IN_TRANSFORMERS if (folder / "custom_generate").is_dir() else ""),
         "Architecture": _table(_architecture(facts)),
         "Results": results or _results(run, origin),
         "Training": _training(origin, recipe),
-        "Training data": _data(origin, recipe, licenses or {}),
+        "Training data": _data(origin, recipe, licenses),
         "Limits": _limits(facts["config"], recipe),
         "Citation": CITATION,
         "Provenance": _provenance(origin),
     }
     name = (run or folder).resolve().name
-    parts = [_front_matter(facts, license, licenses or {}), f"# {_text(name)}\n", _introduction(facts)]
+    parts = [_front_matter(facts, license, licenses), f"# {_text(name)}\n", _introduction(facts)]
     parts += [f"## {title}\n\n{body}" for title, body in sections.items() if body]
     return "\n".join(parts)
 
@@ -186,7 +187,9 @@ def _training(origin: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     lines = [
         f"{key} = {_toml(value)}"
         for key, value in recipe.items()
-        if value is not None and key not in ("out", "data", *without_effect) and not key.startswith(EVALUATION)
+        if value is not None
+        and key not in ("out", "data", "data_licenses", *without_effect)
+        and not key.startswith(EVALUATION)
     ]
     seen, before = origin.get("supervised_tokens_seen"), _tokens_before(origin)
     head = "The recipe:"
@@ -200,6 +203,14 @@ def _tokens_before(origin: Mapping[str, Any]) -> int:
     """Supervised tokens that the draft a run started from had seen, and the one that it had started from, ..."""
     started = origin.get("started_from")
     return started.get("supervised_tokens_seen", 0) + _tokens_before(started) if isinstance(started, Mapping) else 0
+
+
+def _licenses(origin: Mapping[str, Any]) -> dict[str, str]:
+    """Those of the training data by its recipe, and of the data of the draft that a run started from, ..."""
+    recipe, started = origin.get("recipe", {}), origin.get("started_from")
+    before = _licenses(started) if isinstance(started, Mapping) else {}
+    named = zip(recipe.get("data", ()), recipe.get("data_licenses") or (), strict=False)
+    return before | {Path(name).name: terms for name, terms in named}
 
 
 def _data(origin: Mapping[str, Any], recipe: Mapping[str, Any], licenses: Mapping[str, str]) -> str:
