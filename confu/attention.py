@@ -79,10 +79,15 @@ class Attention:
         # fmt: off
         function(
             queries.data_ptr(), keys.data_ptr(), values.data_ptr(), self.mask.data_ptr(), out.data_ptr(), batch, heads,
-            groups, rows, num_keys, width, keys.stride(0), keys.stride(1), math.log2(math.e) / math.sqrt(width),
+            groups, rows, num_keys, width, keys.stride(0), keys.stride(1), scale(width),
         )
         # fmt: on
         return out
+
+
+def scale(width: int) -> float:
+    """Of the scores, for softmax by powers of two."""
+    return math.log2(math.e) / math.sqrt(width)
 
 
 @functools.cache

@@ -72,6 +72,11 @@ class Int8Product(nn.Module):
             # tiles of outputs, of inputs, outputs, the two of a pair of inputs, pairs
             tiles = rounded.view(len(weight) // TILE, TILE, -1, TILE, 2).permute(0, 2, 1, 4, 3)
             self.weight = tiles.contiguous()
+            self.num_outputs, self.num_inputs = weight.shape
+
+    @property
+    def by_tiles(self) -> bool:
+        return self._function is not None
 
     def forward(self, x: Float[Tensor, "*rows K"]) -> Float[Tensor, "*rows N"]:
         if self._function is None:
@@ -103,6 +108,7 @@ class BlockProduct(nn.Module):
     def __init__(self, blocks: UInt8[Tensor, "tiles depth bytes"], bits: int, bias: Float[Tensor, " N"] | None) -> None:
         super().__init__()
         self.weight, self.bits = blocks, bits
+        self.num_outputs, self.num_inputs = len(blocks) * TILE, blocks.shape[1] * 2 * TILE
         self.bias = None if bias is None else bias.detach().float()
 
     @classmethod
@@ -123,16 +129,15 @@ class BlockProduct(nn.Module):
         assert function is not None
         assert x.dtype == torch.bfloat16
         x = x.contiguous()
-        num_outputs = len(self.weight) * TILE
-        out = x.new_empty(*x.shape[:-1], num_outputs)
+        out = x.new_empty(*x.shape[:-1], self.num_outputs)
         function(
             x.data_ptr(),
             self.weight.data_ptr(),
             None if self.bias is None else self.bias.data_ptr(),
             out.data_ptr(),
             x.numel() // x.shape[-1],
-            x.shape[-1],
-            num_outputs,
+            self.num_inputs,
+            self.num_outputs,
             self.bits,
         )
         return out

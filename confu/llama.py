@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, 
 
 from confu.attention import Attention
 from confu.cache import KVCache, PrefixCache
+from confu.layers import Layers
 from confu.linear import fused, product
 from confu.memory import forget_mapped
 from confu.rows import rows
@@ -62,9 +63,10 @@ class LlamaForward:
             _empty(head)
         self.layers = []
         for layer in decoder.layers:
-            self.layers.append(_Layer(layer, self.num_heads, self.num_groups, quantization))
+            self.layers.append(LlamaLayer(layer, self.num_heads, self.num_groups, quantization))
             if release:
                 _empty(layer)
+        self._at_once = Layers.of(self.layers, self.norm, self.eps)
 
     def __call__(
         self,
@@ -79,6 +81,23 @@ class LlamaForward:
         turn = self.rotary(embeddings, positions)
         per_group, head_dim = self.num_heads // self.num_groups, self.layers[0].head_dim
         attend = Attention(mask, per_group=per_group, head_dim=head_dim, dtype=embeddings.dtype)
+        if self._at_once is not None and isinstance(cache, KVCache) and self._at_once.serves(attend, cache):
+            final, captured = self._at_once(embeddings, turn, attend, cache, layers)
+        else:
+            final, captured = self._one_by_one(embeddings, turn, attend, cache, layers)
+        if num_logits == 0:
+            return embeddings.new_empty(len(embeddings), 0, self.vocab_size), captured
+        return self.head(final[:, :num_logits]), captured
+
+    def _one_by_one(
+        self,
+        embeddings: Float[Tensor, "B R D"],
+        turn: tuple[Tensor, Tensor],
+        attend: Attention,
+        cache: KVCache | PrefixCache,
+        layers: tuple[int, ...],
+    ) -> tuple[Float[Tensor, "B R D"], Float[Tensor, "B R Dlayers"]]:
+        """The normed last state, and the states that enter ``layers``, side by side."""
         states: dict[int, Tensor] = {}
         hidden, delta = embeddings, None
         for index, layer in enumerate(self.layers):
@@ -87,13 +106,10 @@ class LlamaForward:
                 states[index] = entering
         _, final = rows().add_norm(hidden, delta, self.norm, self.eps)
         states[len(self.layers)] = final
-        captured = torch.cat([states[index] for index in layers], dim=-1)
-        if num_logits == 0:
-            return embeddings.new_empty(len(embeddings), 0, self.vocab_size), captured
-        return self.head(final[:, :num_logits]), captured
+        return final, torch.cat([states[index] for index in layers], dim=-1)
 
 
-class _Layer:
+class LlamaLayer:
     """One decoder layer: queries, keys and values in one product, gate and up in another."""
 
     def __init__(self, layer: Any, num_heads: int, num_groups: int, quantization: str | None) -> None:

@@ -1,5 +1,5 @@
-"""The compiled functions of `rows.cpp`, `attention.cpp` and `products.cpp`: built on first use, in a few seconds, where
-there is a C++ compiler, and kept in the user's cache.
+"""The compiled functions of `rows.cpp`, `attention.cpp`, `products.cpp` and `layers.cpp`: built on first use, in a few
+seconds, where there is a C++ compiler, and kept in the user's cache.
 
 They use OpenMP where the process has its functions already: torch's, and so torch's own threads.
 """
@@ -25,7 +25,7 @@ from confu.models import cache_dir
 
 logger = logging.getLogger(__name__)
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.cpp", "attention.cpp", "products.cpp"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.cpp", "attention.cpp", "products.cpp", "layers.cpp"))
 HEADER = Path(__file__).with_name("tiles.h")
 
 
@@ -39,7 +39,7 @@ def library() -> ctypes.CDLL | None:
             logger.info("no OpenMP for the compiled functions: %s", error)
             return ctypes.CDLL(str(build()))
     except (OSError, subprocess.SubprocessError) as error:
-        logger.info("rows.cpp, attention.cpp and products.cpp are not used, torch takes their place: %s", error)
+        logger.info("the C++ functions are not used, torch takes their place: %s", error)
         return None
 
 

@@ -13,7 +13,7 @@ from gguf.quants import dequantize
 from gguf.quants import quantize as to_blocks
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from confu import linear
 from confu.draft_forward import DraftForward
@@ -101,6 +101,7 @@ def test_an_int8_row_by_tiles_does_not_depend_on_its_company():
 
 needs_tiles = pytest.mark.skipif(linear._block_function() is None, reason="this processor has no AMX tiles")
 KINDS = ("Q4_0", "Q4_1", "Q8_0")
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def from_gguf(kind: str, weight: torch.Tensor) -> torch.Tensor:
@@ -167,8 +168,7 @@ def test_what_is_not_made_of_blocks_is_packed():
 @needs_tiles
 def test_a_target_in_blocks_is_the_same_target():
     """No further from float32 than the same bfloat16 weights are when they are packed."""
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(vocab_size=64, num_hidden_layers=naive.LAYERS, initializer_range=0.1, **sizes)
+    config = LlamaConfig(vocab_size=64, num_hidden_layers=naive.LAYERS, initializer_range=0.1, **SMALL)
     torch.manual_seed(0)
     low = LlamaForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
     for layer in (module for module in low.modules() if isinstance(module, nn.Linear)):
@@ -233,8 +233,9 @@ def forwards(target, other, num_logits: int, rows: int = 6, prefix: int = 9):
         cache.open_rows(rows)
         positions = torch.tensor([[prefix], [prefix - 3]]) + torch.arange(rows) // 2
         seen = cache.row_mask(mask, with_soft=False)
-        layers = (2, 4, 5, target.num_layers)
-        second = forward(target.embed(tokens[:, :rows]), positions, seen, cache, layers, num_logits=num_logits)
+        tree = torch.arange(2 * rows).view(2, rows) % target.vocab_size
+        layers = (2, 4, 4, 5, target.num_layers)
+        second = forward(target.embed(tree), positions, seen, cache, layers, num_logits=num_logits)
         outs.append([*first, *second, cache.keys, cache.values])
     return outs
 
@@ -271,6 +272,41 @@ def test_llama_forward_in_bfloat16_rounds_as_the_model_does(options):
     ]
     assert len(ratios) >= 5
     assert sum(ratios) / len(ratios) <= 1.2, ratios
+
+
+@needs_tiles
+@pytest.mark.parametrize("quantization", linear.QUANTIZATIONS)
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM])
+@pytest.mark.parametrize("num_rows", [1, 6, 40])
+def test_layers_at_once_are_the_layers_one_by_one(quantization, kind, num_rows):
+    """Bit for bit: biases (Qwen2), norms of heads (Qwen3), sequences of different lengths, a state asked for twice."""
+    config = kind.config_class(vocab_size=64, num_hidden_layers=naive.LAYERS, head_dim=32, **SMALL)
+    torch.manual_seed(0)
+    model = kind(config).to(torch.bfloat16).eval().requires_grad_(False)
+    for layer in (module for module in model.modules() if isinstance(module, nn.Linear)):
+        layer.weight.data = from_gguf("Q4_1", layer.weight.data.float())
+        if layer.bias is not None:
+            layer.bias.data.normal_()
+    one_by_one, at_once = LlamaForward(model, quantization), LlamaForward(model, quantization)
+    one_by_one._at_once = None
+    function, calls = at_once._at_once._function, []
+    at_once._at_once._function = lambda *given: calls.append(given) or function(*given)
+    with torch.inference_mode():
+        ours, theirs = forwards(Target(model, forward=one_by_one), at_once, 4, rows=num_rows)
+    assert len(calls) == 1  # not the prefill
+    assert all(map(torch.equal, ours, theirs))
+
+
+@needs_tiles
+def test_layers_go_one_by_one_where_a_weight_is_kept_in_another_way():
+    low = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=2, **SMALL)).bfloat16().eval()
+    assert LlamaForward(low, "int8")._at_once is not None
+    low.model.layers[1].mlp.down_proj.weight.data = random(64, 96).bfloat16()
+    for layer in low.modules():
+        if isinstance(layer, nn.Linear) and layer is not low.model.layers[1].mlp.down_proj:
+            layer.weight.data = from_gguf("Q8_0", layer.weight.data.float())
+    assert LlamaForward(low, "gguf")._at_once is None
+    assert LlamaForward(low)._at_once is None
 
 
 def test_what_is_not_llama_like_runs_through_its_own_code():

@@ -32,6 +32,7 @@ from confu.cache import KVCache
 from confu.config import BenchConfig, SamplingConfig
 from confu.costs import Budget
 from confu.generate import Decoder
+from confu.layers import Layers
 from confu.models import Progress
 from confu.pages.page import NONE, number
 from confu.rows import rows
@@ -41,8 +42,8 @@ from confu.verify import Sampler
 
 TRACED = 5  # rounds
 
-PRODUCTS, ATTENTION, ROWS, WRITES, LOGITS = "products", "attention", "rows", "keys and values", "logits"
-SIZE = "size"
+LAYERS, PRODUCTS, ATTENTION, ROWS = "layers at once", "products", "attention", "rows"
+WRITES, LOGITS, SIZE = "keys and values", "logits", "size"
 TARGET, DRAW, KEEP, COMMIT, GROW, HOST = (
     "target",
     "draw and walk",
@@ -52,7 +53,7 @@ TARGET, DRAW, KEEP, COMMIT, GROW, HOST = (
     "bookkeeping",
 )
 REST, LOOP = "rest", "loop"
-INSIDE = {TARGET: (PRODUCTS, ATTENTION, ROWS, WRITES, LOGITS, REST), GROW: (PRODUCTS, SIZE, REST)}
+INSIDE = {TARGET: (LAYERS, PRODUCTS, ATTENTION, ROWS, WRITES, LOGITS, REST), GROW: (PRODUCTS, SIZE, REST)}
 PARTS = [
     f"{step}: {part}" if part else step
     for step in (TARGET, DRAW, KEEP, COMMIT, GROW, HOST, LOOP)
@@ -206,7 +207,7 @@ class Clock:
 def wrapped(decoder: Decoder, wrap: Wrap) -> Iterator[None]:
     """``wrap`` every function of the parts of a round, and put back what was there before."""
     head = getattr(decoder.target.forward_rows, "head", decoder.target.model.get_output_embeddings())
-    kinds = (linear.Product, linear.PackedProduct, linear.Int8Product)
+    kinds = (linear.Product, linear.PackedProduct, linear.Int8Product, linear.BlockProduct)
     products = {kind: (wrap(PRODUCTS, kind.__call__), wrap(LOGITS, kind.__call__)) for kind in kinds}
     places: list[tuple[Any, str, Callable[..., Any]]] = [
         (kind, "__call__", lambda module, x, calls=calls: calls[module is head](module, x))
@@ -214,6 +215,7 @@ def wrapped(decoder: Decoder, wrap: Wrap) -> Iterator[None]:
     ]
     named: list[tuple[str, Any, tuple[str, ...]]] = [
         (TARGET, Target, ("verify",)),
+        (LAYERS, Layers, ("__call__",)),
         (ATTENTION, Attention, ("__call__",)),
         (ATTENTION, torch.nn.functional, ("scaled_dot_product_attention",)),  # of transformers' models
         (ROWS, type(rows()), ("add_norm", "rotate", "gate")),
