@@ -40,6 +40,7 @@ FILE = "tuned.json"
 SCHEMA_VERSION = 1
 ROWS = (1, 2, 4, 8, 12, 16, 17, 24, 32, 33, 48, 49, 64, 96, 128, 256)  # kernels take rows by sixteen
 BATCHES = (1, 2, 4, 8, 16)
+USUAL_ROWS = 16  # of a verification that precedes a draft
 PREFIX = 256  # tokens in the cache
 ACCEPTED = 3  # tokens that a round's commit reads
 LEVELS = (1, 5)
@@ -174,7 +175,8 @@ def _trials(
 @torch.inference_mode()
 def measure(decoder: Decoder, drafter: TreeDrafter) -> Costs:
     """The cost model of this machine: medians, all kinds and sizes in turns, so that a moment's disturbance hits all of
-    them, and none much."""
+    them, and none much. Each is measured behind what precedes it in a round, and finds in the processor's caches what
+    it finds there."""
     target = decoder.target
     prefix = min(PREFIX, target.max_positions - 1)
     tokens = (torch.arange(prefix, device=target.device) % target.vocab_size)[None]
@@ -199,11 +201,18 @@ def measure(decoder: Decoder, drafter: TreeDrafter) -> Costs:
         drafter.commit(state, accepted)
         state.truncate([length - ACCEPTED for length in state.lengths])
 
+    def draft() -> None:
+        commit(1)
+        grow(1, first)
+
     first, last = LEVELS
-    runs: dict[Any, Callable[[], None]] = {("verify", rows): partial(verify, rows) for rows in ROWS}
+    runs: dict[Any, tuple[Callable[[], None], Callable[[], None]]] = {
+        ("verify", rows): (draft, partial(verify, rows)) for rows in ROWS
+    }
     for batch in BATCHES:
-        runs["commit", batch] = partial(commit, batch)
-        runs |= {("grow", batch, depth): partial(grow, batch, depth) for depth in LEVELS}
+        verified = partial(verify, max(batch, USUAL_ROWS))
+        runs["commit", batch] = verified, partial(commit, batch)
+        runs |= {("grow", batch, depth): (verified, partial(grow, batch, depth)) for depth in LEVELS}
     took = _medians(runs, target.device)
     level = {b: max(0.0, took["grow", b, last] - took["grow", b, first]) / (last - first) for b in BATCHES}
     return Costs(
@@ -230,17 +239,24 @@ def _committed(drafter: TreeDrafter, batch: int) -> tuple[Any, Accepted]:
     return state, accepted(ACCEPTED, contemplated=drafter.contemplation is not None)
 
 
-def _medians(runs: dict[Any, Callable[[], Any]], device: torch.device) -> dict[Any, float]:
-    """Milliseconds of each: the median of several runs, all in turns."""
+def _medians(runs: dict[Any, tuple[Callable[[], None], Callable[[], None]]], device: torch.device) -> dict[Any, float]:
+    """Milliseconds of each second function, called behind its first: the median of several runs, all in turns."""
     found: dict[Any, list[float]] = {key: [] for key in runs}
     for _ in range(REPEATS + 1):
-        for key, run in runs.items():
+        for key, (before, run) in runs.items():
+            before()
+            wait(device)
             began = time.perf_counter()
             run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            wait(device)
             found[key].append((time.perf_counter() - began) * 1e3)
     return {key: median(values[1:]) for key, values in found.items()}  # the first one warms up
+
+
+def wait(device: torch.device) -> None:
+    """For what was launched on a device of its own."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def machine_key(decoder: Decoder) -> str:
