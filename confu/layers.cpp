@@ -1,5 +1,5 @@
-// All layers of a Llama-like target over a few dozen bfloat16 rows in one call, where its weights are kept in fewer bits: the
-// functions of rows.cpp, attention.cpp and products.cpp in the order of llama.py, with nothing of Python between them.
+// All layers of a Llama-like target over a few dozen bfloat16 rows in one call, where its weights lie in tiles: the functions
+// of rows.cpp, attention.cpp and products.cpp in the order of llama.py, with nothing of Python between them.
 
 #include <cstdint>
 #include <cstring>
@@ -13,21 +13,21 @@ void gate_bf16(const uint16_t*, uint16_t*, int64_t, int64_t);
 void attention_bf16(const uint16_t*, const uint16_t*, const uint16_t*, const uint8_t*, uint16_t*, int64_t, int64_t, int64_t,
                     int64_t, int64_t, int64_t, int64_t, int64_t, float);
 void int8_product(const uint16_t*, const uint8_t*, const float*, const float*, uint16_t*, int64_t, int64_t, int64_t);
-void block_product(const uint16_t*, const uint8_t*, const float*, uint16_t*, int64_t, int64_t, int64_t, int64_t);
+void tile_product(const uint16_t*, const uint8_t*, const float*, uint16_t*, int64_t, int64_t, int64_t, int64_t);
 }
 
 namespace {
 
 struct Product {
     const uint8_t* weight;
-    const float *scales, *bias;  // scales of whole numbers, none of blocks
+    const float *scales, *bias;  // scales of int8
     int64_t inputs, outputs, bits;
 
     void operator()(const uint16_t* x, uint16_t* out, int64_t rows) const {
         if (scales)
             int8_product(x, weight, scales, bias, out, rows, inputs, outputs);
         else
-            block_product(x, weight, bias, out, rows, inputs, outputs, bits);
+            tile_product(x, weight, bias, out, rows, inputs, outputs, bits);
     }
 };
 

@@ -1,4 +1,4 @@
-"""All layers of a Llama-like target in one compiled call, where every weight is kept in fewer bits (`linear.py`) and
+"""All layers of a Llama-like target in one compiled call, where every weight lies in tiles (`linear.py`) and
 rows are few: between some two hundred short functions, what Python does would take a third of the time.
 
 `LlamaForward` computes the same, one function after the other, and is what this is tested against, bit for bit.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from confu.attention import Attention, scale
 from confu.cache import KVCache
-from confu.linear import BlockProduct, Int8Product
+from confu.linear import Int8Product, TileProduct
 from confu.native import tiles_function
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ class Layers:
         return cls(function, layers, norm) if function and plain and alike and all(map(_by_tiles, products)) else None
 
     def serves(self, attend: Attention, cache: KVCache) -> bool:
-        """Whether these rows are few, and the cache holds what they are made of."""
-        return attend.tiled is not None and cache.dtype == self._norm.dtype
+        """Whether these rows are few, and the cache holds what they are made of, layer behind layer."""
+        return attend.tiled is not None and cache.dtype == self._norm.dtype and cache.keys.is_contiguous()
 
     def __call__(
         self,
@@ -98,7 +98,7 @@ class Layers:
 
 
 def _by_tiles(product: Any) -> bool:
-    return isinstance(product, BlockProduct) or (isinstance(product, Int8Product) and product.by_tiles)
+    return isinstance(product, TileProduct) or (isinstance(product, Int8Product) and product.by_tiles)
 
 
 def _packed(layer: LlamaLayer) -> _Layer:

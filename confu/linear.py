@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int8, UInt8
+from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
 from confu.native import tiles_function
@@ -98,22 +98,28 @@ class Int8Product(nn.Module):
         return out
 
 
-class BlockProduct(nn.Module):
-    """The same with W in the blocks of 32 inputs from which a GGUF file's Q4_0, Q4_1 or Q8_0 made it (CPU, AMX tiles).
+class TileProduct(nn.Module):
+    """The same with W in bfloat16, laid out in AMX tiles (CPU): as it is, or in blocks of fewer ``bits``."""
 
-    Nothing is rounded: the blocks are found in W itself, and kept only where they give back each of its numbers, bit
-    for bit (but for the sign of zero).
-    """
-
-    def __init__(self, blocks: UInt8[Tensor, "tiles depth bytes"], bits: int, bias: Float[Tensor, " N"] | None) -> None:
+    def __init__(self, tiles: Tensor, bits: int, bias: Float[Tensor, " N"] | None) -> None:
         super().__init__()
-        self.weight, self.bits = blocks, bits
-        self.num_outputs, self.num_inputs = len(blocks) * TILE, blocks.shape[1] * 2 * TILE
+        self.weight, self.bits = tiles, bits
+        self.num_outputs, self.num_inputs = len(tiles) * TILE, tiles.shape[1] * 2 * TILE
         self.bias = None if bias is None else bias.detach().float()
 
     @classmethod
-    def of(cls, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None = None) -> BlockProduct | None:
-        """None where W is not made of such blocks, or no kernel here reads them."""
+    def of(cls, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None = None) -> TileProduct | None:
+        """None where no kernel here reads W so."""
+        if not _fits_tiles(weight) or _tile_function() is None:
+            return None
+        tiles = weight.detach().view(len(weight) // TILE, TILE, -1, 2 * TILE).transpose(1, 2)
+        return cls(tiles.contiguous(), 16, bias)
+
+    @classmethod
+    def in_blocks(cls, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None = None) -> TileProduct | None:
+        """In the blocks of 32 inputs from which a GGUF file's Q4_0, Q4_1 or Q8_0 made it. Nothing is rounded: they are
+        found in W itself, and kept only where they give back each of its numbers, bit for bit (but for the sign of
+        zero). None where W is not made of such blocks, or no kernel here reads them."""
         find = _find_function()
         if not _fits_tiles(weight) or find is None:
             return None
@@ -125,7 +131,7 @@ class BlockProduct(nn.Module):
         return None
 
     def forward(self, x: Float[Tensor, "*rows K"]) -> Float[Tensor, "*rows N"]:
-        function = _block_function()
+        function = _tile_function()
         assert function is not None
         assert x.dtype == torch.bfloat16
         x = x.contiguous()
@@ -162,8 +168,10 @@ def product(
     check_quantization(quantization, weight.device)
     if quantization == "int8":
         return Int8Product(weight, bias)
-    if quantization == "gguf" and (blocks := BlockProduct.of(weight, bias)) is not None:
+    if quantization == "gguf" and (blocks := TileProduct.in_blocks(weight, bias)) is not None:
         return blocks
+    if (tiles := TileProduct.of(weight, bias)) is not None:
+        return tiles
     return PackedProduct(weight, bias) if _can_pack(weight) else Product(weight, bias)
 
 
@@ -204,9 +212,9 @@ def check_quantization(quantization: str | None, device: torch.device | str) -> 
 
 
 def check_blocks(module: nn.Module) -> None:
-    """Raise ValueError where no linear layer inside ``module`` can be a `BlockProduct`."""
+    """Raise ValueError where no linear layer inside ``module`` is made of the blocks of a GGUF file."""
     linears = (layer for layer in module.modules() if isinstance(layer, nn.Linear))
-    if all(BlockProduct.of(layer.weight) is None for layer in linears):
+    if all(TileProduct.in_blocks(layer.weight) is None for layer in linears):
         raise ValueError(
             "quantization gguf keeps bfloat16 weights in the blocks (Q4_0, Q4_1, Q8_0) of the GGUF file they were made "
             "from, on a processor with AMX, and none here can be kept so; leave it out, the text is the same."
@@ -225,8 +233,8 @@ def _int8_function() -> Callable[..., None] | None:
 
 
 @functools.cache
-def _block_function() -> Callable[..., None] | None:
-    return tiles_function("block_product", [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 4)
+def _tile_function() -> Callable[..., None] | None:
+    return tiles_function("tile_product", [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 4)
 
 
 @functools.cache

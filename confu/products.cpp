@@ -1,14 +1,15 @@
-// Products of a few dozen bfloat16 rows with weights that are kept in fewer bits, by AMX tiles, where the processor has them.
+// Products of a few dozen bfloat16 rows by AMX tiles, where the processor has them, with weights in bfloat16 or fewer bits.
 // Same arithmetic as the torch functions in linear.py, which they are tested against. Built by native.py, called from there.
 //
-// A weight lies in memory tile by tile, 16 outputs by 32 inputs. Each tile is widened to bfloat16 on its way to the
-// processor's tiles, so only a half or a third as much is read from memory, and rows are rounded no further than bfloat16 is.
+// A weight lies in memory tile by tile, 16 outputs by 32 inputs. Of fewer bits each tile is widened to bfloat16 on its way to
+// the processor's tiles, so only a half or a third as much is read from memory; rows are rounded no further than bfloat16 is.
 // Weights are the left operand there: their rows are outputs, as they lie; those of x are transposed once.
 
 #include "tiles.h"
 
 #ifdef CONFU_TILES
 #include <cmath>
+#include <type_traits>
 
 namespace {
 
@@ -18,6 +19,12 @@ constexpr int64_t AHEAD = 4, RING = 8;     // tiles are widened so many before t
 constexpr int64_t FETCH = 24;              // and asked of memory so many before
 
 // A tile in memory is BYTES long; `widen` writes 16 outputs of 32 inputs each.
+
+// They are there.
+struct Wide {
+    static constexpr int64_t BYTES = 2 * WEIGHTS;
+    static void widen(const uint8_t*, uint16_t*) {}
+};
 
 inline __m512 widen_bytes(const uint8_t* from) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
@@ -104,7 +111,10 @@ void multiply(const uint16_t* x, const uint8_t* weight, int64_t tiles, uint16_t*
             _mm_prefetch(reinterpret_cast<const char*>(weight + (k + FETCH) * Format::BYTES + line), _MM_HINT_T0);
         if (k + AHEAD < tiles) Format::widen(weight + (k + AHEAD) * Format::BYTES, ring + (k + AHEAD) % RING * WEIGHTS);
         const uint16_t* rows = x + k * WEIGHTS;
-        _tile_loadd(6, ring + k % RING * WEIGHTS, 64);
+        if constexpr (std::is_same_v<Format, Wide>)
+            _tile_loadd(6, weight + k * Format::BYTES, 64);
+        else
+            _tile_loadd(6, ring + k % RING * WEIGHTS, 64);
         _tile_loadd(4, rows, 64);
         _tile_dpbf16ps(0, 6, 4);
         if constexpr (COUNT > 1) {
@@ -126,45 +136,75 @@ void multiply(const uint16_t* x, const uint8_t* weight, int64_t tiles, uint16_t*
     if constexpr (COUNT > 3) _tile_stored(3, sums + 3 * TILE * TILE, 64);
 }
 
+template <typename Format>
+void multiply(int64_t count, const uint16_t* x, const uint8_t* weight, int64_t tiles, uint16_t* ring, float* sums) {
+    if (count == 1) multiply<Format, 1>(x, weight, tiles, ring, sums);
+    if (count == 2) multiply<Format, 2>(x, weight, tiles, ring, sums);
+    if (count == 3) multiply<Format, 3>(x, weight, tiles, ring, sums);
+    if (count == 4) multiply<Format, 4>(x, weight, tiles, ring, sums);
+}
+
+uint16_t* aligned(std::vector<uint16_t>& memory, size_t count) {
+    if (memory.size() < count + 32) memory.resize(count + 32);
+    return reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+}
+
+constexpr int64_t MOST = 256;  // rows at a time, whose tiles stay in a cache
+
 // x [rows, inputs] times weight [outputs / 16, inputs / 32, BYTES], times scales [outputs] and plus bias [outputs] if there are
 // any -> out [rows, outputs]
 template <typename Format>
 void product(const uint16_t* x, const uint8_t* weight, const float* scales, const float* bias, uint16_t* out, int64_t rows,
              int64_t inputs, int64_t outputs) {
-    const int64_t tiles = inputs / PAIRS;
+    if (rows > MOST) {
+        for (int64_t first = 0; first < rows; first += MOST)
+            product<Format>(x + first * inputs, weight, scales, bias, out + first * outputs,
+                            rows - first < MOST ? rows - first : MOST, inputs, outputs);
+        return;
+    }
+    const int64_t tiles = inputs / PAIRS, row_tiles = (rows + TILE - 1) / TILE;
+    static thread_local std::vector<uint16_t> packed_memory;
+    uint16_t* packed = aligned(packed_memory, row_tiles * tiles * WEIGHTS);
 #pragma omp parallel
     {
         alignas(64) uint16_t ring[RING * WEIGHTS];
         alignas(64) float sums[BLOCKS * TILE * TILE];
         alignas(64) uint32_t turned[TILE * TILE];
-        static thread_local std::vector<uint32_t> memory;
-        if (memory.size() < size_t(BLOCKS * tiles + 1) * TILE * TILE) memory.resize((BLOCKS * tiles + 1) * TILE * TILE);
-        auto* packed = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
         const TileConfig config;
         _tile_loadconfig(&config);
-        for (int64_t first = 0; first < rows; first += BLOCKS * TILE) {
-            const int64_t here = rows - first < BLOCKS * TILE ? rows - first : BLOCKS * TILE, count = (here + TILE - 1) / TILE;
-            const auto* mine = reinterpret_cast<const uint32_t*>(x + first * inputs);
-            for (int64_t b = 0; b < count; b++)
-                for (int64_t k = 0; k < tiles; k++)
-                    transpose(mine + b * TILE * inputs / 2 + k * TILE, inputs / 2, here - b * TILE,
-                              packed + (b * tiles + k) * TILE * TILE);
-            const auto* operand = reinterpret_cast<const uint16_t*>(packed);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < row_tiles * tiles; i++) {
+            const int64_t first = i / tiles * TILE;
+            transpose(reinterpret_cast<const uint32_t*>(x + first * inputs) + i % tiles * TILE, inputs / 2, rows - first,
+                      reinterpret_cast<uint32_t*>(packed + i * WEIGHTS));
+        }
 #pragma omp for schedule(static) nowait
-            for (int64_t column = 0; column < outputs; column += TILE) {
-                const uint8_t* from = weight + column / TILE * tiles * Format::BYTES;
-                if (count == 1) multiply<Format, 1>(operand, from, tiles, ring, sums);
-                if (count == 2) multiply<Format, 2>(operand, from, tiles, ring, sums);
-                if (count == 3) multiply<Format, 3>(operand, from, tiles, ring, sums);
-                if (count == 4) multiply<Format, 4>(operand, from, tiles, ring, sums);
-                const __m512 by = scales ? _mm512_loadu_ps(scales + column) : _mm512_set1_ps(1);
-                const __m512 plus = bias ? _mm512_loadu_ps(bias + column) : _mm512_setzero_ps();
+        for (int64_t column = 0; column < outputs; column += TILE) {
+            const uint8_t* from = weight + column / TILE * tiles * Format::BYTES;
+            const bool often = rows > BLOCKS * TILE;  // read so often, they are widened once
+            if (often && !std::is_same_v<Format, Wide>) {
+                static thread_local std::vector<uint16_t> wide_memory;
+                uint16_t* wide = aligned(wide_memory, tiles * WEIGHTS);
+                for (int64_t k = 0; k < tiles; k++) Format::widen(from + k * Format::BYTES, wide + k * WEIGHTS);
+                from = reinterpret_cast<const uint8_t*>(wide);
+            }
+            const __m512 by = scales ? _mm512_loadu_ps(scales + column) : _mm512_set1_ps(1);
+            const __m512 plus = bias ? _mm512_loadu_ps(bias + column) : _mm512_setzero_ps();
+            for (int64_t first = 0; first < row_tiles; first += BLOCKS) {
+                const int64_t count = row_tiles - first < BLOCKS ? row_tiles - first : BLOCKS;
+                const uint16_t* operand = packed + first * tiles * WEIGHTS;
+                if (often)
+                    multiply<Wide>(count, operand, from, tiles, ring, sums);
+                else
+                    multiply<Format>(count, operand, from, tiles, ring, sums);
                 for (int64_t b = 0; b < count; b++) {
+                    const int64_t row = (first + b) * TILE;
                     transpose(reinterpret_cast<uint32_t*>(sums) + b * TILE * TILE, TILE, TILE, turned);
-                    for (int64_t i = 0; i < TILE && b * TILE + i < here; i++)
-                        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (first + b * TILE + i) * outputs + column),
-                                            __m256i(_mm512_cvtneps_pbh(_mm512_fmadd_ps(
-                                                _mm512_castsi512_ps(_mm512_load_si512(turned + i * TILE)), by, plus))));
+                    for (int64_t i = 0; i < TILE && row + i < rows; i++) {
+                        const __m512 sum = _mm512_castsi512_ps(_mm512_load_si512(turned + i * TILE));
+                        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (row + i) * outputs + column),
+                                            __m256i(_mm512_cvtneps_pbh(_mm512_fmadd_ps(sum, by, plus))));
+                    }
                 }
             }
         }
@@ -305,9 +345,10 @@ extern "C" void int8_product(const uint16_t* x, const uint8_t* weight, const flo
     product<Whole>(x, weight, scales, bias, out, rows, inputs, outputs);
 }
 
-extern "C" void block_product(const uint16_t* x, const uint8_t* weight, const float* bias, uint16_t* out, int64_t rows,
-                              int64_t inputs, int64_t outputs, int64_t bits) {
-    const auto of = bits == 4 ? product<Block4> : product<Block8>;
+// weight in blocks of 4 or 8 bits, or in 16 as it is
+extern "C" void tile_product(const uint16_t* x, const uint8_t* weight, const float* bias, uint16_t* out, int64_t rows,
+                             int64_t inputs, int64_t outputs, int64_t bits) {
+    const auto of = bits == 4 ? product<Block4> : bits == 8 ? product<Block8> : product<Wide>;
     of(x, weight, nullptr, bias, out, rows, inputs, outputs);
 }
 
@@ -319,7 +360,7 @@ extern "C" int64_t find_blocks(const uint16_t* weight, uint8_t* out, int64_t out
 #else
 
 extern "C" void int8_product(const uint16_t*, const uint8_t*, const float*, const float*, uint16_t*, int64_t, int64_t, int64_t) {}
-extern "C" void block_product(const uint16_t*, const uint8_t*, const float*, uint16_t*, int64_t, int64_t, int64_t, int64_t) {}
+extern "C" void tile_product(const uint16_t*, const uint8_t*, const float*, uint16_t*, int64_t, int64_t, int64_t, int64_t) {}
 extern "C" int64_t find_blocks(const uint16_t*, uint8_t*, int64_t, int64_t, int64_t) { return 0; }
 
 #endif

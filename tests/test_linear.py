@@ -18,10 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM, Qwen3F
 from confu import linear
 from confu.draft_forward import DraftForward
 from confu.linear import (
-    BlockProduct,
     Int8Product,
     PackedProduct,
     Product,
+    TileProduct,
     check_quantization,
     pack_linears,
     product,
@@ -99,7 +99,7 @@ def test_an_int8_row_by_tiles_does_not_depend_on_its_company():
     assert Int8Product(random(64, 96))(torch.zeros(2, 0, 96)).shape == (2, 0, 64)
 
 
-needs_tiles = pytest.mark.skipif(linear._block_function() is None, reason="this processor has no AMX tiles")
+needs_tiles = pytest.mark.skipif(linear._tile_function() is None, reason="this processor has no AMX tiles")
 KINDS = ("Q4_0", "Q4_1", "Q8_0")
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -125,7 +125,7 @@ def of_many_sizes(outputs: int, inputs: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("seed", range(4))
 def test_blocks_are_found_and_give_every_number_back(kind, seed):
     weight = from_gguf(kind, of_many_sizes(1024, 1536, seed))
-    layer = BlockProduct.of(weight)
+    layer = TileProduct.in_blocks(weight)
     assert layer.bits == int(kind[1])
     assert layer.weight.nbytes == weight.numel() * (5 if layer.bits == 4 else 8.5) / 8
     for inputs in torch.eye(1536).bfloat16().split(500):
@@ -133,16 +133,17 @@ def test_blocks_are_found_and_give_every_number_back(kind, seed):
 
 
 @needs_tiles
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [None, *KINDS])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("shape", [(96, 64), (16, 32), (512, 1536)])
 @pytest.mark.parametrize("num_rows", [1, 15, 16, 17, 33, 64, 65, 130])
-def test_block_product_is_the_plain_one(kind, with_bias, shape, num_rows):
-    weight = from_gguf(kind, random(*shape))
+def test_tile_product_is_the_plain_one(kind, with_bias, shape, num_rows):
+    weight = random(*shape).bfloat16() if kind is None else from_gguf(kind, random(*shape))
     bias = random(shape[0], seed=1).bfloat16() if with_bias else None
     x = (random(num_rows, shape[1], seed=2) * torch.logspace(-4, 4, num_rows)[:, None]).bfloat16()
-    layer = product(weight, bias, "gguf")
-    assert isinstance(layer, BlockProduct)
+    layer = product(weight, bias, "gguf" if kind else None)
+    assert isinstance(layer, TileProduct)
+    assert layer.bits == (int(kind[1]) if kind else 16)
     expected, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
     if bias is not None:
         expected, size = expected + bias.double(), size + bias.double().abs()
@@ -159,10 +160,10 @@ def test_what_is_not_made_of_blocks_is_packed():
     other = weight.clone()
     other[63, 95] *= 1.02
     for unfit in (other, random(64, 96).bfloat16(), weight.float(), weight[:, :40], weight[:40]):
-        assert BlockProduct.of(unfit) is None
-        assert isinstance(product(unfit, quantization="gguf"), PackedProduct)
-        with pytest.raises(ValueError, match="and none here can be kept so; leave it out, the text is the same"):
-            pack(families.build("Qwen3"), "gguf")
+        assert TileProduct.in_blocks(unfit) is None
+        assert type(product(unfit, quantization="gguf")) is type(product(unfit))
+    with pytest.raises(ValueError, match="and none here can be kept so; leave it out, the text is the same"):
+        pack(families.build("Qwen3"), "gguf")
 
 
 @needs_tiles
@@ -180,7 +181,7 @@ def test_a_target_in_blocks_is_the_same_target():
         reference, _ = forwards(Target(exact), LlamaForward(exact), 4)
         _, packed = forwards(Target(low), LlamaForward(low), 4)
         _, blocks = forwards(Target(low), in_blocks, 4)
-    assert {type(layer.qkv) for layer in in_blocks.layers} == {BlockProduct}
+    assert {layer.qkv.bits for layer in in_blocks.layers} == {4}
     off = [
         sum((a.float() - c).square().mean() for a, c in zip(outs, reference, strict=True)) for outs in (packed, blocks)
     ]
@@ -190,6 +191,9 @@ def test_a_target_in_blocks_is_the_same_target():
 
 def test_the_fastest_product_is_chosen():
     assert isinstance(product(random(4, 4)), PackedProduct)
+    assert isinstance(product(random(16, 32)), PackedProduct)
+    in_tiles = linear._tile_function() is not None
+    assert isinstance(product(random(16, 32).bfloat16()), TileProduct if in_tiles else PackedProduct)
     assert isinstance(product(random(4, 4).double()), Product)
     assert isinstance(product(random(4, 4), quantization="int8"), Int8Product)
     with pytest.raises(ValueError, match=r"quantization is 'int4'; give int8, gguf, or leave it out"):
@@ -275,7 +279,7 @@ def test_llama_forward_in_bfloat16_rounds_as_the_model_does(options):
 
 
 @needs_tiles
-@pytest.mark.parametrize("quantization", linear.QUANTIZATIONS)
+@pytest.mark.parametrize("quantization", [None, *linear.QUANTIZATIONS])
 @pytest.mark.parametrize("kind", [LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM])
 @pytest.mark.parametrize("num_rows", [1, 6, 40])
 def test_layers_at_once_are_the_layers_one_by_one(quantization, kind, num_rows):
@@ -298,15 +302,15 @@ def test_layers_at_once_are_the_layers_one_by_one(quantization, kind, num_rows):
 
 
 @needs_tiles
-def test_layers_go_one_by_one_where_a_weight_is_kept_in_another_way():
-    low = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=2, **SMALL)).bfloat16().eval()
-    assert LlamaForward(low, "int8")._at_once is not None
-    low.model.layers[1].mlp.down_proj.weight.data = random(64, 96).bfloat16()
-    for layer in low.modules():
-        if isinstance(layer, nn.Linear) and layer is not low.model.layers[1].mlp.down_proj:
-            layer.weight.data = from_gguf("Q8_0", layer.weight.data.float())
-    assert LlamaForward(low, "gguf")._at_once is None
-    assert LlamaForward(low)._at_once is None
+@pytest.mark.parametrize("quantization", [None, *linear.QUANTIZATIONS])
+def test_layers_go_one_by_one_where_a_weight_fits_no_tiles(quantization):
+    def at_once(dtype: torch.dtype, **options) -> bool:
+        config = LlamaConfig(vocab_size=64, num_hidden_layers=2, **SMALL | options)
+        return LlamaForward(LlamaForCausalLM(config).to(dtype), quantization)._at_once is not None
+
+    assert at_once(torch.bfloat16)
+    assert not at_once(torch.float32)
+    assert not at_once(torch.bfloat16, intermediate_size=90)
 
 
 def test_what_is_not_llama_like_runs_through_its_own_code():

@@ -29,7 +29,7 @@ from confu.verify import Sampler
 TREE = TreeConfig(nodes=8, depth=3, topk=3)
 PROMPT = [3, 1, 4, 1, 5]
 PLACES = [
-    *((kind, "__call__") for kind in (linear.Product, linear.PackedProduct, linear.Int8Product, linear.BlockProduct)),
+    *((kind, "__call__") for kind in (linear.Product, linear.PackedProduct, linear.Int8Product, linear.TileProduct)),
     (Layers, "__call__"),
     *((type(rows()), name) for name in ("add_norm", "rotate", "gate")),
     (Attention, "__call__"),

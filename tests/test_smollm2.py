@@ -9,7 +9,7 @@ import torch
 import confu
 from confu import linear
 from confu.config import SamplingConfig, TreeConfig
-from confu.linear import BlockProduct, quantize
+from confu.linear import TileProduct, quantize
 from confu.load import encode_chat, load_decoder
 from confu.models import DEFAULT_TARGET, load_target_model
 from confu.stats import Stats
@@ -73,7 +73,7 @@ def test_greedy_answers_with_int8_are_those_of_the_rounded_model(plain, plain_in
     assert stats.mean_acceptance_length >= 1.4
 
 
-@pytest.mark.skipif(linear._block_function() is None, reason="this processor has no AMX tiles")
+@pytest.mark.skipif(linear._tile_function() is None, reason="this processor has no AMX tiles")
 def test_the_default_target_stays_in_the_blocks_of_its_file():
     """Every product of decoding gives back the bfloat16 weights, number for number, and drafts do draft for it."""
     model, _ = load_target_model(DEFAULT_TARGET, dtype=torch.bfloat16, device="cpu")
@@ -87,7 +87,8 @@ def test_the_default_target_stays_in_the_blocks_of_its_file():
         named += [(ours.gate_up, [mlp.gate_proj, mlp.up_proj]), (ours.down, [mlp.down_proj])]
     for product, linears in named:
         weight = torch.cat([layer.weight for layer in linears])
-        assert isinstance(product, BlockProduct)
+        assert isinstance(product, TileProduct)
+        assert product.bits == (8 if product is forward.head else 4)
         assert torch.equal(product(torch.eye(weight.shape[1]).bfloat16()), weight.T)
     prompts = [encode_chat(decoder.tokenizer, [{"role": "user", "content": text}]) for text in PROMPTS[:3]]
     stats = Stats()

@@ -323,6 +323,19 @@ def test_loss_that_is_not_finite_stops_the_run_and_is_placed(recipe, target, tmp
         train(config, target, TOKENIZER)
 
 
+def test_gradient_that_is_not_finite_stops_the_run_before_it_is_used(recipe, target):
+    corpus = read_corpus(recipe.data, TOKENIZER, max_length=64)
+    draft = new_eagle3(recipe, target, corpus)
+    before = [parameter.clone() for parameter in draft.parameters()]
+    draft.lm_head.weight.register_hook(lambda gradient: gradient / 0)
+    trainer = Trainer(recipe, target, draft, corpus.documents)
+    with pytest.raises(
+        RuntimeError, match=r"gradient's norm is nan at step 7 \(conversations 0, 1, 2 of the data, lengths"
+    ):
+        trainer.step(7, [[0, 1], [2]])
+    assert all(map(torch.equal, before, draft.parameters()))
+
+
 # ---------------------------------------------------------------- stop and go on
 
 

@@ -147,10 +147,11 @@ def profile_table(found: dict[str, dict[str, Any]]) -> Table:
     def timed(milliseconds: float, share: float) -> str:
         return f"{number(milliseconds, 2)} {number(100 * share, 1).rjust(5)}" if milliseconds else NONE
 
+    nothing = {"milliseconds": 0.0, "share": 0.0}
     lines = [
-        row(part, lambda values, part=part: timed(*values["parts"][part].values()))
+        row(part, lambda values, part=part: timed(*values["parts"].get(part, nothing).values()))
         for part in PARTS
-        if any(values["parts"][part]["milliseconds"] for values in found.values())
+        if any(values["parts"].get(part, nothing)["milliseconds"] for values in found.values())
     ]
     lines += [
         row("a round", lambda values: timed(values["round_milliseconds"], 1.0)),
@@ -207,7 +208,7 @@ class Clock:
 def wrapped(decoder: Decoder, wrap: Wrap) -> Iterator[None]:
     """``wrap`` every function of the parts of a round, and put back what was there before."""
     head = getattr(decoder.target.forward_rows, "head", decoder.target.model.get_output_embeddings())
-    kinds = (linear.Product, linear.PackedProduct, linear.Int8Product, linear.BlockProduct)
+    kinds = (linear.Product, linear.PackedProduct, linear.Int8Product, linear.TileProduct)
     products = {kind: (wrap(PRODUCTS, kind.__call__), wrap(LOGITS, kind.__call__)) for kind in kinds}
     places: list[tuple[Any, str, Callable[..., Any]]] = [
         (kind, "__call__", lambda module, x, calls=calls: calls[module is head](module, x))

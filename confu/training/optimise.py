@@ -39,7 +39,7 @@ class Trainer:
         """Learn from micro-batches of these documents, of which each process computes its share.
 
         Every micro-batch is normalised by the supervised tokens of all, so they add up to the loss of one large batch.
-        Raises RuntimeError naming step and documents when the loss is not finite.
+        Raises RuntimeError naming step and documents when the loss or its gradient is not finite.
         """
         set_learning_rates(self.optimizer, self.config, number)
         self.optimizer.zero_grad(set_to_none=True)
@@ -56,7 +56,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 self.world.sum(parameter.grad)
-            torch.nn.utils.clip_grad_norm_(group["params"], self.config.clip)
+            norm = torch.nn.utils.clip_grad_norm_(group["params"], self.config.clip).item()
+            if not math.isfinite(norm):
+                everyone = [document for part in members for document in part]
+                raise RuntimeError(f"The gradient's norm is {norm} at step {number} {self._named(everyone)}")
         self.optimizer.step()
         kl, accuracy, num_rows = sums[:, 1:].sum(0).chunk(3)
         count = num_rows.clamp(min=1)
@@ -81,11 +84,14 @@ class Trainer:
     def _refuse_non_finite(self, number: int, members: list[list[int]], totals: list[float]) -> None:
         for part, total in zip(members, totals, strict=True):
             if not math.isfinite(total):
-                lengths = [len(self.documents[i].tokens) for i in part]
-                raise RuntimeError(
-                    f"The loss is {total} at step {number} (conversations {', '.join(map(str, part))} of the data, "
-                    f"lengths {min(lengths)} to {max(lengths)}); lower the learning rates or look at that data."
-                )
+                raise RuntimeError(f"The loss is {total} at step {number} {self._named(part)}")
+
+    def _named(self, documents: list[int]) -> str:
+        lengths = [len(self.documents[i].tokens) for i in documents]
+        return (
+            f"(conversations {', '.join(map(str, documents))} of the data, lengths {min(lengths)} to {max(lengths)}); "
+            "lower the learning rates or look at that data."
+        )
 
 
 def parameter_groups(draft: DraftModel, config: TrainConfig) -> list[dict[str, Any]]:
