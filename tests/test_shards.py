@@ -205,7 +205,7 @@ COMPLETIONS = [{"prompt": "", "response": "hello"}]
     [
         (ROWS, SPEECHLESS, "could be used: {'answer is tokenised differently inside the template': 6}"),
         (COMPLETIONS, BARE, "All 5 tokens of"),
-        ([], CHATML, "could be used: {}"),
+        ([], CHATML, "could be used: it holds no row; give"),
         (ROWS, None, "has no chat template"),
     ],
     ids=["nothing", "everything", "empty", "no template"],
