@@ -1,4 +1,5 @@
-"""What the host tells the device. A round waits for the device once, in `verify.walk`, to hear what was accepted."""
+"""What the host tells the device, and waiting for it. A round waits once, in `verify.walk`, to hear what was
+accepted."""
 
 from __future__ import annotations
 
@@ -14,3 +15,9 @@ def upload(values: Sequence[int] | Sequence[Sequence[int]], device: torch.device
     without waiting for all that was launched before."""
     tensor = torch.tensor(values, dtype=torch.int64)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def wait(device: torch.device) -> None:
+    """Until all that was launched on a device of its own is done: before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()

@@ -12,8 +12,7 @@ void rotate_bf16(const uint16_t*, const uint16_t*, const uint16_t*, const uint16
 void gate_bf16(const uint16_t*, uint16_t*, int64_t, int64_t);
 void attention_bf16(const uint16_t*, const uint16_t*, const uint16_t*, const uint8_t*, uint16_t*, int64_t, int64_t, int64_t,
                     int64_t, int64_t, int64_t, int64_t, int64_t, float);
-void int8_product(const uint16_t*, const uint8_t*, const float*, const float*, uint16_t*, int64_t, int64_t, int64_t);
-void tile_product(const uint16_t*, const uint8_t*, const float*, uint16_t*, int64_t, int64_t, int64_t, int64_t);
+void tile_product(const uint16_t*, const uint8_t*, const float*, const float*, uint16_t*, int64_t, int64_t, int64_t, int64_t);
 }
 
 namespace {
@@ -24,10 +23,7 @@ struct Product {
     int64_t inputs, outputs, bits;
 
     void operator()(const uint16_t* x, uint16_t* out, int64_t rows) const {
-        if (scales)
-            int8_product(x, weight, scales, bias, out, rows, inputs, outputs);
-        else
-            tile_product(x, weight, bias, out, rows, inputs, outputs, bits);
+        tile_product(x, weight, scales, bias, out, rows, inputs, outputs, bits);
     }
 };
 

@@ -58,12 +58,15 @@ class Layers:
     @classmethod
     def of(cls, layers: Sequence[LlamaLayer], norm: Tensor, eps: float) -> Layers | None:
         """None where a weight is kept in another way, or layers differ in what is told once for all."""
-        function = tiles_function("layers_bf16", [ctypes.c_void_p] * 15)
         products = [part for layer in layers for part in (layer.qkv, layer.out, layer.gate_up, layer.down)]
         norms = [part for layer in layers for part in (layer.attention_norm, layer.mlp_norm, layer.head_norms)]
         plain = all(weight is None or weight.dtype == torch.bfloat16 for weight in (norm, *norms))
         alike = all(layer.eps == eps for layer in layers)
-        return cls(function, layers, norm) if function and plain and alike and all(map(_by_tiles, products)) else None
+        if not (plain and alike and all(map(_by_tiles, products))):
+            return None
+        function = tiles_function("layers_bf16", [ctypes.c_void_p] * 15)
+        assert function is not None
+        return cls(function, layers, norm)
 
     def serves(self, attend: Attention, cache: KVCache) -> bool:
         """Whether these rows are few, and the cache holds what they are made of, layer behind layer."""
@@ -103,8 +106,8 @@ def _by_tiles(product: Any) -> bool:
 
 def _packed(layer: LlamaLayer) -> _Layer:
     def packed(product: Any) -> _Product:
-        pointers = (product.weight, getattr(product, "scales", None), product.bias)
-        return _Product(*map(_pointer, pointers), product.num_inputs, product.num_outputs, getattr(product, "bits", 8))
+        pointers = map(_pointer, (product.weight, product.scales, product.bias))
+        return _Product(*pointers, product.num_inputs, product.num_outputs, product.bits)
 
     return _Layer(
         *map(packed, (layer.qkv, layer.out, layer.gate_up, layer.down)),

@@ -18,9 +18,9 @@ constexpr int64_t BLOCKS = 4;              // tiles of rows that share what is r
 constexpr int64_t AHEAD = 4, RING = 8;     // tiles are widened so many before they are needed, into so many places,
 constexpr int64_t FETCH = 24;              // and asked of memory so many before
 
-// A tile in memory is BYTES long; `widen` writes 16 outputs of 32 inputs each.
+// A tile in memory is BYTES long; `widen` writes 16 outputs of 32 inputs each in bfloat16.
 
-// They are there.
+// They are bfloat16: read from where they lie.
 struct Wide {
     static constexpr int64_t BYTES = 2 * WEIGHTS;
     static void widen(const uint8_t*, uint16_t*) {}
@@ -340,16 +340,11 @@ bool find(const uint16_t* weight, uint8_t* out, int64_t outputs, int64_t inputs)
 
 }  // namespace
 
-extern "C" void int8_product(const uint16_t* x, const uint8_t* weight, const float* scales, const float* bias, uint16_t* out,
-                             int64_t rows, int64_t inputs, int64_t outputs) {
-    product<Whole>(x, weight, scales, bias, out, rows, inputs, outputs);
-}
-
-// weight in blocks of 4 or 8 bits, or in 16 as it is
-extern "C" void tile_product(const uint16_t* x, const uint8_t* weight, const float* bias, uint16_t* out, int64_t rows,
-                             int64_t inputs, int64_t outputs, int64_t bits) {
-    const auto of = bits == 4 ? product<Block4> : bits == 8 ? product<Block8> : product<Wide>;
-    of(x, weight, nullptr, bias, out, rows, inputs, outputs);
+// weight in 16 bits as it is, in blocks of 8 or 4, or, with scales, in whole numbers of 8
+extern "C" void tile_product(const uint16_t* x, const uint8_t* weight, const float* scales, const float* bias, uint16_t* out,
+                             int64_t rows, int64_t inputs, int64_t outputs, int64_t bits) {
+    const auto of = scales ? product<Whole> : bits == 4 ? product<Block4> : bits == 8 ? product<Block8> : product<Wide>;
+    of(x, weight, scales, bias, out, rows, inputs, outputs);
 }
 
 // weight [outputs, inputs] -> out [outputs / 16, inputs / 32, bytes of a tile]. 0 where it was not made of such blocks.
@@ -359,8 +354,8 @@ extern "C" int64_t find_blocks(const uint16_t* weight, uint8_t* out, int64_t out
 
 #else
 
-extern "C" void int8_product(const uint16_t*, const uint8_t*, const float*, const float*, uint16_t*, int64_t, int64_t, int64_t) {}
-extern "C" void tile_product(const uint16_t*, const uint8_t*, const float*, uint16_t*, int64_t, int64_t, int64_t, int64_t) {}
+extern "C" void tile_product(const uint16_t*, const uint8_t*, const float*, const float*, uint16_t*, int64_t, int64_t, int64_t,
+                             int64_t) {}
 extern "C" int64_t find_blocks(const uint16_t*, uint8_t*, int64_t, int64_t, int64_t) { return 0; }
 
 #endif

@@ -28,6 +28,7 @@ from confu.config import SamplingConfig, TreeConfig, from_dict
 from confu.costs import Costs
 from confu.drafter import Accepted, TreeDrafter
 from confu.generate import Decoder
+from confu.host import wait
 from confu.info import checkout, device_name
 from confu.models import SHIPPED_DRAFTS, Progress, cache_dir
 from confu.stats import Stats
@@ -251,12 +252,6 @@ def _medians(runs: dict[Any, tuple[Callable[[], None], Callable[[], None]]], dev
             wait(device)
             found[key].append((time.perf_counter() - began) * 1e3)
     return {key: median(values[1:]) for key, values in found.items()}  # the first one warms up
-
-
-def wait(device: torch.device) -> None:
-    """For what was launched on a device of its own."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def machine_key(decoder: Decoder) -> str:

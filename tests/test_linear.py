@@ -55,7 +55,7 @@ def test_packed_product_is_the_plain_one(dtype, with_bias, shape):
 def int8_products(weight, bias):
     """By tiles where this machine has them and the shape fits, and by a plain product of the same whole numbers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "_int8_function", lambda: None)
+        patch.setattr(linear, "_tile_function", lambda: None)
         plain = Int8Product(weight, bias)
     return [Int8Product(weight, bias), plain]
 
@@ -83,7 +83,7 @@ def test_int8_product_is_the_product_of_what_was_rounded(dtype, with_bias, shape
         assert (ours.dtype, ours.shape) == (dtype, expected.shape)
         off = (ours.double() - expected).abs()
         # a plain product is rounded to its own type before its scale and bias
-        before_bias = 0 if layer._function else eps * product_alone.abs()
+        before_bias = 0 if layer.by_tiles else eps * product_alone.abs()
         assert (off <= 4e-6 * size + eps * expected.abs() + before_bias).all()
         assert torch.equal(layer(x), ours)
 
@@ -207,7 +207,7 @@ def test_a_drafts_weights_are_rounded_where_that_is_faster():
     for dtype in (torch.float32, torch.bfloat16):
         forward = DraftForward(read_network("smollm2-135m-eagle3", dtype, "cpu"))
         kinds = {type(product) for product in forward._products.values()}
-        faster = dtype == torch.bfloat16 and linear._int8_function() is not None
+        faster = dtype == torch.bfloat16 and linear._tile_function() is not None
         assert kinds == {Int8Product if faster else PackedProduct}
 
 

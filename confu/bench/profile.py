@@ -32,6 +32,7 @@ from confu.cache import KVCache
 from confu.config import BenchConfig, SamplingConfig
 from confu.costs import Budget
 from confu.generate import Decoder
+from confu.host import wait
 from confu.layers import Layers
 from confu.models import Progress
 from confu.pages.page import NONE, number
@@ -177,13 +178,12 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[tuple[str, str], float] = defaultdict(float)
-        self._cuda = device.type == "cuda"
+        self._device = device
         self._open: list[str] = []
         self._inside = [0.0]  # seconds of the wrapped calls inside each open one
 
     def now(self) -> float:
-        if self._cuda:
-            torch.cuda.synchronize()
+        wait(self._device)
         return time.perf_counter()
 
     def wrap(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:

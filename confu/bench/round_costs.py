@@ -19,6 +19,7 @@ from confu.bench.simulate import forward_cost, rows_of
 from confu.cache import KVCache
 from confu.config import SamplingConfig
 from confu.generate import Decoder
+from confu.host import wait
 from confu.stats import Stats
 from confu.target import Target
 from confu.tree import Tree, chain
@@ -55,8 +56,7 @@ class RoundCosts:
                 tree = _any_tree(self._target, rows)
                 began = time.perf_counter()
                 self._target.verify(cache, tree)
-                if self._target.device.type == "cuda":
-                    torch.cuda.synchronize()
+                wait(self._target.device)
                 self._forwards.setdefault((rows, prefix), []).append(time.perf_counter() - began)
         for name, decoder in self._decoders.items():
             self._rounds[name].append(_round(decoder))
