@@ -3,8 +3,8 @@
     python benchmarks/speed.py --out benchmarks/results/speed/NAME
     python benchmarks/speed.py --out benchmarks/results/speed/NAME --parts forward,prefix --repeats 9
 
-forward   a verification forward by its rows: packed, in GGUF blocks if it has some, in int8, by the model's own code;
-          and its products alone
+forward   a verification forward by its rows: packed, without the blocks of its GGUF file if it has some, in int8, by
+          the model's own code; and its products alone
 plain     tokens per second without a draft: `model.generate` of transformers, and our decoder in the same ways
 prefix    a round, of a tree and of one row, and the bytes of the cache, by the tokens before it
 batch     tokens per second of plain decoding and of drafts, by batch and tree; trees of a fixed shape and adaptive ones
@@ -25,7 +25,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -35,6 +34,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig
+from unblocked import unblock
 
 from confu.cache import KVCache
 from confu.config import SamplingConfig, TreeConfig
@@ -43,7 +43,7 @@ from confu.forward import ModelForward
 from confu.generate import PREFILL_CHUNK, Decoder, Session
 from confu.info import checkout, environment
 from confu.llama import LlamaForward
-from confu.load import encode_chat, find_dtype, join, load_decoder, read_network
+from confu.load import encode_chat, find_dtype, join, load_decoder, pack, read_network
 from confu.lossless import PROMPTS
 from confu.memory import forget_peak, peak_bytes
 from confu.models import DEFAULT_TARGET, ModelUnavailable, load_target_model
@@ -74,10 +74,12 @@ class Models:
 
     @cached_property
     def laid_out(self) -> dict[str, Decoder]:
-        """Packed, in the blocks of its GGUF file if it comes from one and this machine can, and rounded to int8."""
+        """Packed, without the blocks of its GGUF file if that kept it in some, and rounded to int8."""
         found = {"packed": self.packed}
-        with suppress(ValueError):
-            found["gguf"] = self.load(self.args.dtype, "gguf")
+        if getattr(self.packed.target.forward_rows, "in_blocks", False):
+            model, tokenizer = load_target_model(self.args.target, dtype=torch.bfloat16, device="cpu")
+            unblock(model)
+            found["unblocked"] = join(None, None, model, pack(model), tokenizer)
         return found | {"int8": self.load(self.args.dtype, "int8")}
 
     def load(self, dtype: str, quantization: str | None = None) -> Decoder:
@@ -253,8 +255,8 @@ def products_of(forward: LlamaForward, rows: int) -> Callable[[int], object]:
     """All products of a forward one after the other, on random rows."""
     products: list[Any] = [p for layer in forward.layers for p in (layer.qkv, layer.out, layer.gate_up, layer.down)]
     products.append(forward.head)
-    inputs = {p.weight.shape[1]: torch.randn(1, rows, p.weight.shape[1]).to(p.weight.dtype) for p in products}
-    return lambda repeat: [product(inputs[product.weight.shape[1]]) for product in products]
+    inputs = {p.num_inputs: torch.randn(1, rows, p.num_inputs).to(forward.norm.dtype) for p in products}
+    return lambda repeat: [product(inputs[product.num_inputs]) for product in products]
 
 
 def answer(decoder: Decoder, prompts: Sequence[list[int]], new_tokens: int, repeat: int = 0) -> Stats:

@@ -297,7 +297,7 @@ def speed(folder: Path) -> str:
 
 def forward_table(rows: list[dict[str, Any]]) -> Table:
     seconds = {(row["rows"], row["case"]): row["seconds"] for row in rows}
-    names = {"packed": "packed", "gguf": "GGUF blocks", "int8": "int8", "model": "model's own code",
+    names = {"packed": "packed", "unblocked": "without blocks", "int8": "int8", "model": "model's own code",
              "products": "products alone"}  # fmt: skip
     cases = [case for case in names if any(row["case"] == case for row in rows)]
     header = ["rows", *(names[case] for case in cases), "packed / products", "model's / packed"]
@@ -312,7 +312,7 @@ def forward_table(rows: list[dict[str, Any]]) -> Table:
 
 def plain_table(rows: list[dict[str, Any]]) -> Table:
     names = {"transformers": "transformers, model.generate", "model": "ours, the model's own code", "packed": "packed",
-             "gguf": "in GGUF blocks", "int8": "in int8"}  # fmt: skip
+             "unblocked": "without blocks", "int8": "in int8"}  # fmt: skip
     sums = {(row["case"], row["prompt"]): (row["num_tokens"], median(row["seconds"])) for row in rows}
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     lines = []

@@ -84,8 +84,7 @@ class ComputeConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto is cuda where there is one."""
     quantization: str | None = None
-    """The target's weights in fewer bits (CPU). int8 rounds them: faster, and another target, which the output then
-    follows exactly. gguf leaves them in the 4 or 8 bits of the GGUF file they come from: faster, the same target."""
+    """int8 rounds the target's weights (CPU): less to read, and another target, which the output then follows."""
     compile: bool = False
     """Replay forwards and draft trees as CUDA graphs (Llama-like targets): small models no longer wait for launches."""
 

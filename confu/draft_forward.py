@@ -13,12 +13,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from confu.attention import Attention
+from confu.cache import KVCache
 from confu.draft import DraftModel, normed_states
-from confu.linear import fast_quantization, fused, product
+from confu.layers import DraftLayer, LayerWeights, Turn, serves
+from confu.linear import USUAL_ROWS, fast_quantization, fused, product
 from confu.rows import rows
 from confu.tree import take
-
-Turn = tuple[Tensor, Tensor]
 
 
 class DraftForward:
@@ -31,26 +31,30 @@ class DraftForward:
         self.config, self.target_ids = draft.config, draft.target_ids()
         self.contemplation = draft.contemplation.without_heads() if draft.contemplation is not None else None
         self._rotary = draft.rotary
-        if quantization != "int8":
-            quantization = fast_quantization(draft.lm_head.weight)
-        linears = {
-            "fc": [draft.fc],
-            "qkv": [attention.q_proj, attention.k_proj, attention.v_proj],
-            "out": [attention.o_proj],
-            "gate_up": [mlp.gate_proj, mlp.up_proj],
-            "down": [mlp.down_proj],
-            "head": [draft.lm_head],
-        }
-        self._products = {name: fused(layers, quantization) for name, layers in linears.items()}
-        if draft.contemplation is not None and self.config.future_is("head"):
-            heads = draft.contemplation.future_heads.flatten(0, 1)
-            self._products["looks"] = product(heads, quantization=quantization)
-        self._embedding_norm, self._hidden_norm = layer.input_layernorm.weight, layer.hidden_norm.weight
-        self._mlp_norm, self._norm = layer.post_attention_layernorm.weight, draft.norm.weight
+        quantization = quantization or fast_quantization(draft.lm_head.weight)
+        self._fc, self._head = fused([draft.fc], quantization), fused([draft.lm_head], quantization)
+        self._layer = LayerWeights(
+            qkv=fused([attention.q_proj, attention.k_proj, attention.v_proj], quantization),
+            out=fused([attention.o_proj], quantization),
+            gate_up=fused([mlp.gate_proj, mlp.up_proj], quantization),
+            down=fused([mlp.down_proj], quantization),
+            attention_norm=layer.input_layernorm.weight,
+            mlp_norm=layer.post_attention_layernorm.weight,
+            head_norms=None,
+            num_heads=self.config.num_attention_heads,
+            num_groups=self.config.num_key_value_heads,
+            head_dim=self.config.head_dim,
+            eps=self.config.rms_norm_eps,
+        )
+        self._hidden_norm, self._norm = layer.hidden_norm.weight, draft.norm.weight
         self._future_norm = layer.future_norm.weight if self.config.future_is("input") else None
+        self._looks = None
+        if draft.contemplation is not None and self.config.future_is("head"):
+            self._looks = product(draft.contemplation.future_heads.flatten(0, 1), quantization=quantization)
+        self._at_once = DraftLayer.of(self._layer, self._hidden_norm, residual_normed=self.config.norm_before_residual)
 
     def fuse(self, features: Float[Tensor, "B R D3"]) -> Float[Tensor, "B R D"]:
-        return self._products["fc"](features)
+        return self._fc(features)
 
     def turn(self, x: Tensor, positions: Int[Tensor, "B R"]) -> Turn:
         """cos and sin of positions, in the type of ``x``; `project` turns queries and keys by them."""
@@ -62,9 +66,9 @@ class DraftForward:
         return self.contemplation.future_fc(normed_states(future, self.config.rms_norm_eps))
 
     def look(self, future: Float[Tensor, "B R D4"] | None) -> Float[Tensor, "B R SD"] | None:
-        if future is None or "looks" not in self._products:
+        if future is None or self._looks is None:
             return None
-        return self._products["looks"](normed_states(future, self.config.rms_norm_eps))
+        return self._looks(normed_states(future, self.config.rms_norm_eps))
 
     def project(
         self,
@@ -74,11 +78,11 @@ class DraftForward:
         turn: Turn,
     ) -> tuple[Float[Tensor, "B H R head"], Float[Tensor, "B G R head"], Float[Tensor, "B G R head"]]:
         """Queries, keys and values of rows (`DraftModel.row`, `.queries`, `.keys_values`)."""
-        parts = [self._normed(embedding, self._embedding_norm), self._normed(hidden, self._hidden_norm)]
+        parts = [self._normed(embedding, self._layer.attention_norm), self._normed(hidden, self._hidden_norm)]
         if self._future_norm is not None:
             none = torch.zeros_like(hidden)
             parts.append(none if third is None else self._normed(third, self._future_norm).expand_as(none))
-        mixed = self._products["qkv"](torch.cat(parts, dim=-1)).unflatten(-1, (-1, self.config.head_dim))
+        mixed = self._layer.qkv(torch.cat(parts, dim=-1)).unflatten(-1, (-1, self.config.head_dim))
         return rows().rotate(mixed, *turn, self.config.num_attention_heads)
 
     def future_slot(
@@ -94,24 +98,42 @@ class DraftForward:
             self.contemplation.future(states).to(states.dtype), self.fuse(future[..., :-width]), None, turn
         )[1:]
 
-    def attend(
+    def layer(
         self,
-        queries: Float[Tensor, "B H R head"],
-        keys: Float[Tensor, "B G K head"],
-        values: Float[Tensor, "B G K head"],
-        mask: Bool[Tensor, "B R K"],
-    ) -> Float[Tensor, "B R Hhead"]:
-        per_group = self.config.num_attention_heads // self.config.num_key_value_heads
-        attention = Attention(mask, per_group=per_group, head_dim=self.config.head_dim, dtype=queries.dtype)
-        return attention(queries, keys, values)
+        embedding: Float[Tensor, "B R D"],
+        hidden: Float[Tensor, "B R D"],
+        third: Float[Tensor, "B R3 D"] | None,
+        turn: Turn,
+        mask: Bool[Tensor, "B #R K"],
+        cache: KVCache,
+        last: Int[Tensor, "B 1"] | None = None,
+    ) -> Float[Tensor, "B Rout D"]:
+        """Rows through the layer: their keys and values go to the cache's opened rows, what leaves it is recycled as
+        the next hidden state. With ``last``, that of one row of each sequence alone, whose mask this is; a few more are
+        run to their end for nothing."""
+        batch, num_rows, _ = hidden.shape
+        whole = last is None or batch * num_rows <= USUAL_ROWS
+        attend = self._attention(mask.expand(-1, num_rows, -1) if whole else mask)
+        if whole and self._at_once is not None and serves(attend, cache):
+            out = self._at_once(embedding, hidden, turn, attend, cache)
+        else:
+            queries, keys, values = self.project(embedding, hidden, third, turn)
+            if last is not None and not whole:
+                queries = queries.gather(2, last[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3]))
+                hidden = take(hidden, last)
+            out = self._finish(hidden, attend(queries, *cache.update(keys, values, 0)))
+        return take(out, last) if last is not None and whole else out
 
-    def finish(self, hidden: Float[Tensor, "B R D"], attended: Float[Tensor, "B R Hhead"]) -> Float[Tensor, "B R D"]:
-        """As `DraftModel.finish`, of heads side by side: the layer's output, recycled as the next hidden state."""
+    def _attention(self, mask: Bool[Tensor, "B R K"]) -> Attention:
+        per_group = self.config.num_attention_heads // self.config.num_key_value_heads
+        return Attention(mask, per_group=per_group, head_dim=self.config.head_dim, dtype=self._norm.dtype)
+
+    def _finish(self, hidden: Float[Tensor, "B R D"], attended: Float[Tensor, "B R Hhead"]) -> Float[Tensor, "B R D"]:
+        """As `DraftModel.finish`, of heads side by side."""
         if self.config.norm_before_residual:
             hidden = self._normed(hidden, self._hidden_norm)
-        attended = self._products["out"](attended)
-        hidden, normed = rows().add_norm(hidden, attended, self._mlp_norm, self.config.rms_norm_eps)
-        return hidden + self._products["down"](rows().gate(self._products["gate_up"](normed)))
+        hidden, normed = rows().add_norm(hidden, self._layer.out(attended), self._layer.mlp_norm, self._layer.eps)
+        return hidden + self._layer.down(rows().gate(self._layer.gate_up(normed)))
 
     def ahead(
         self, looked: Float[Tensor, "B 1 SD"] | None, steps: Int[Tensor, "B levels"]
@@ -125,7 +147,7 @@ class DraftForward:
     def logits(self, out: Float[Tensor, "B R D"], ahead: Float[Tensor, "B 1 D"] | None) -> Float[Tensor, "B R U"]:
         """The head on what `DraftModel.read` returns of one level's rows."""
         read = self._normed(out, self._norm)
-        return self._products["head"](read if ahead is None else read + ahead)
+        return self._head(read if ahead is None else read + ahead)
 
     def _normed(self, x: Float[Tensor, "B R D"], weight: Float[Tensor, " D"]) -> Float[Tensor, "B R D"]:
         return rows().add_norm(x, None, weight, self.config.rms_norm_eps)[1]

@@ -19,10 +19,11 @@ from confu.config import DraftConfig, TreeConfig
 from confu.contemplate import Contemplation
 from confu.costs import Budget
 from confu.draft import DraftModel
-from confu.draft_forward import DraftForward, Turn
+from confu.draft_forward import DraftForward
 from confu.draft_graphs import GraphGrowth
 from confu.graphs import GraphForward
 from confu.host import upload
+from confu.layers import Turn
 from confu.rows import rows
 from confu.target import Target
 from confu.tree import Candidates, Frontier, Tree, take
@@ -157,14 +158,10 @@ class TreeDrafter:
         else:
             third = self._read_future(state, accepted, fused, positions, last)
         turn = draft.turn(fused, positions)
-        queries, keys, values = draft.project(self.target.embed(following), fused, third, turn)
-
         cache.open_rows(num_rows, with_soft=state.has_slot)
-        keys, values = cache.update(keys, values, 0)
         visible = torch.arange(num_rows, device=device) <= last[:, :, None]  # [B, 1, M]
-        queries = queries.gather(2, last[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3]))
-        attended = draft.attend(queries, keys, values, self._mask(state, visible))
-        state.out = draft.finish(take(fused, last), attended)[:, 0]
+        mask = self._mask(state, visible)
+        state.out = draft.layer(self.target.embed(following), fused, third, turn, mask, cache, last)[:, 0]
         state.root = accepted.next_tokens
         cache.advance(counts)
 
@@ -228,13 +225,10 @@ class TreeDrafter:
         reach: Tensor,
     ) -> Float[Tensor, "B k D"]:
         """One draft forward over the frontier: its rows see the prefix, their own ancestors, themselves and f."""
-        draft, cache = self.forward, state.cache
         width = hidden.shape[1]
-        queries, keys, values = draft.project(self.target.embed(frontier.tokens), hidden, state.third, turn)
-        cache.open_rows(width, offset=reach.shape[2] - width, with_soft=state.has_slot)
-        keys, values = cache.update(keys, values, 0)
-        attended = draft.attend(queries, keys, values, self._mask(state, reach))
-        return draft.finish(hidden, attended)
+        state.cache.open_rows(width, offset=reach.shape[2] - width, with_soft=state.has_slot)
+        embedding, mask = self.target.embed(frontier.tokens), self._mask(state, reach)
+        return self.forward.layer(embedding, hidden, state.third, turn, mask, state.cache)
 
     def _mask(self, state: TreeState, reach: Tensor) -> Tensor:
         everyone = torch.ones(reach.shape[:2], dtype=torch.bool, device=reach.device)

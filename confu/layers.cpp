@@ -1,5 +1,6 @@
-// All layers of a Llama-like target over a few dozen bfloat16 rows in one call, where its weights lie in tiles: the functions
-// of rows.cpp, attention.cpp and products.cpp in the order of llama.py, with nothing of Python between them.
+// All layers of a Llama-like target, or the one of a draft, over a few dozen bfloat16 rows in one call, where the weights lie in
+// tiles: the functions of rows.cpp, attention.cpp and products.cpp in the order of llama.py and draft_forward.py, with nothing
+// of Python between them.
 
 #include <cstdint>
 #include <cstring>
@@ -37,27 +38,77 @@ struct Shape {
     float eps, scale;
 };
 
+// Where the rows of a layer stand: what turns them, whom they see, where their keys and values go and are read from.
+struct Place {
+    const uint16_t *cos, *sin;
+    const uint8_t* mask;
+    uint16_t *keys, *values;
+    const uint16_t *read_keys, *read_values;
+    const int64_t* first_slots;
+
+    Place of_layer(int64_t i, const Shape& s) const {
+        const int64_t by = i * s.batch * s.groups * s.slots * s.head_dim;
+        return {cos, sin, mask, keys + by, values + by, read_keys + by, read_values + by, first_slots};
+    }
+};
+
+// Working memory of one call, n rows: each part is taken once.
+class Memory {
+    uint16_t* free;
+    const int64_t n;
+
+public:
+    Memory(int64_t n, int64_t width) : n(n) {
+        static thread_local std::vector<uint16_t> memory;
+        if (memory.size() < size_t(n * width)) memory.resize(n * width);
+        free = memory.data();
+    }
+    uint16_t* take(int64_t width) { return (free += n * width) - n * width; }
+};
+
+// One decoder layer, and what it needs between its products.
+struct Work {
+    const Shape& s;
+    const int64_t n = s.batch * s.rows, queries_width = s.heads * s.head_dim;
+    uint16_t *normed, *mixed, *queries, *attended, *both, *gated;
+
+    static int64_t width(const Shape& s, const Layer& layer) {
+        return s.width + layer.qkv.outputs + 2 * s.heads * s.head_dim + 3 * layer.down.inputs;
+    }
+    Work(const Shape& s, const Layer& layer, Memory& memory)
+        : s(s), normed(memory.take(s.width)), mixed(memory.take(layer.qkv.outputs)), queries(memory.take(queries_width)),
+          attended(memory.take(queries_width)), both(memory.take(2 * layer.down.inputs)), gated(memory.take(layer.down.inputs)) {}
+
+    // What the projections read is `row`, what the layer adds to `entering`; it leaves as two summands, `between` and `delta`.
+    // `place` is that of the layer in keys and values.
+    void run(const Layer& layer, const uint16_t* row, const uint16_t* entering, const Place& place, uint16_t* between,
+             uint16_t* delta) {
+        layer.qkv(row, mixed, n);
+        rotate_bf16(mixed, place.cos, place.sin, layer.head_norms, queries, place.keys, place.values, place.first_slots, s.slots,
+                    s.batch, s.rows, s.heads, s.groups, s.head_dim, s.eps);
+        attention_bf16(queries, place.read_keys, place.read_values, place.mask, attended, s.batch, s.heads, s.groups, s.rows,
+                       s.num_keys, s.head_dim, s.groups * s.slots * s.head_dim, s.slots * s.head_dim, s.scale);
+        layer.out(attended, delta, n);
+        add_norm_bf16(entering, delta, layer.mlp_norm, between, normed, n, s.width, s.eps);
+        layer.gate_up(normed, both, n);
+        gate_bf16(both, gated, n, layer.down.inputs);
+        layer.down(gated, delta, n);
+    }
+};
+
 }  // namespace
 
 // embeddings [batch, rows, width]; cos and sin [batch, rows, head_dim]; mask [batch, rows, num_keys]; keys and values of all
 // layers [layers, batch, groups, slots, head_dim], written from first_slots [batch] on and read from where read_keys and
 // read_values point to in the first -> final [batch, rows, width], and what enters the layers that are named (their number
 // names the last state) in states [batch, rows, num_captured, width]
-extern "C" void layers_bf16(const Layer* layers, const Shape* shape, const uint16_t* norm, const uint16_t* embeddings,
-                            const uint16_t* cos, const uint16_t* sin, const uint8_t* mask, uint16_t* keys, uint16_t* values,
-                            const uint16_t* read_keys, const uint16_t* read_values, const int64_t* first_slots,
-                            const int64_t* captured, uint16_t* states, uint16_t* final) {
+extern "C" void layers_bf16(const Layer* layers, const Shape* shape, const Place* first, const uint16_t* norm,
+                            const uint16_t* embeddings, const int64_t* captured, uint16_t* states, uint16_t* final) {
     const Shape& s = *shape;
-    const int64_t n = s.batch * s.rows, inner = layers[0].down.inputs, stride = s.batch * s.groups * s.slots * s.head_dim;
-    static thread_local std::vector<uint16_t> memory;
-    const int64_t queries_width = s.heads * s.head_dim, mixed_width = queries_width + 2 * s.groups * s.head_dim;
-    const size_t needed = n * (4 * s.width + mixed_width + 2 * queries_width + 3 * inner);
-    if (memory.size() < needed) memory.resize(needed);
-    uint16_t* free = memory.data();
-    const auto take = [&](int64_t width) { return (free += n * width) - n * width; };
-    uint16_t *entering = take(s.width), *between = take(s.width), *normed = take(s.width), *delta = take(s.width);
-    uint16_t *mixed = take(mixed_width), *queries = take(queries_width), *attended = take(queries_width);
-    uint16_t *both = take(2 * inner), *gated = take(inner);
+    const int64_t n = s.batch * s.rows;
+    Memory memory(n, 3 * s.width + Work::width(s, layers[0]));
+    uint16_t *entering = memory.take(s.width), *between = memory.take(s.width), *delta = memory.take(s.width);
+    Work work(s, layers[0], memory);
     const auto capture = [&](int64_t index, const uint16_t* state) {
         for (int64_t j = 0; j < s.num_captured; j++)
             for (int64_t i = 0; captured[j] == index && i < n; i++)
@@ -65,21 +116,31 @@ extern "C" void layers_bf16(const Layer* layers, const Shape* shape, const uint1
     };
     std::memcpy(between, embeddings, n * s.width * 2);
     for (int64_t i = 0; i < s.layers; i++) {
-        const Layer& layer = layers[i];
-        add_norm_bf16(between, i ? delta : nullptr, layer.attention_norm, i ? entering : nullptr, normed, n, s.width, s.eps);
+        add_norm_bf16(between, i ? delta : nullptr, layers[i].attention_norm, i ? entering : nullptr, work.normed, n, s.width, s.eps);
         if (i == 0) std::memcpy(entering, between, n * s.width * 2);
         capture(i, entering);
-        layer.qkv(normed, mixed, n);
-        rotate_bf16(mixed, cos, sin, layer.head_norms, queries, keys + i * stride, values + i * stride, first_slots, s.slots,
-                    s.batch, s.rows, s.heads, s.groups, s.head_dim, s.eps);
-        attention_bf16(queries, read_keys + i * stride, read_values + i * stride, mask, attended, s.batch, s.heads, s.groups,
-                       s.rows, s.num_keys, s.head_dim, s.groups * s.slots * s.head_dim, s.slots * s.head_dim, s.scale);
-        layer.out(attended, delta, n);
-        add_norm_bf16(entering, delta, layer.mlp_norm, between, normed, n, s.width, s.eps);
-        layer.gate_up(normed, both, n);
-        gate_bf16(both, gated, n, inner);
-        layer.down(gated, delta, n);
+        work.run(layers[i], work.normed, entering, first->of_layer(i, s), between, delta);
     }
     add_norm_bf16(between, delta, norm, entering, final, n, s.width, s.eps);
     capture(s.layers, final);
+}
+
+// The layer of a draft: its projections read the normed embeddings beside the normed hidden states, it adds to the latter
+// (normed, where residual_normed) -> out [batch, rows, width]
+extern "C" void draft_layer_bf16(const Layer* layer, const Shape* shape, const Place* place, const uint16_t* hidden_norm,
+                                 int64_t residual_normed, const uint16_t* embeddings, const uint16_t* hidden, uint16_t* out) {
+    const Shape& s = *shape;
+    const int64_t n = s.batch * s.rows;
+    Memory memory(n, 6 * s.width + Work::width(s, *layer));
+    uint16_t *row = memory.take(2 * s.width), *first = memory.take(s.width), *second = memory.take(s.width);
+    uint16_t *between = memory.take(s.width), *delta = memory.take(s.width);
+    Work work(s, *layer, memory);
+    add_norm_bf16(embeddings, nullptr, layer->attention_norm, nullptr, first, n, s.width, s.eps);
+    add_norm_bf16(hidden, nullptr, hidden_norm, nullptr, second, n, s.width, s.eps);
+    for (int64_t i = 0; i < n; i++) {
+        std::memcpy(row + 2 * i * s.width, first + i * s.width, s.width * 2);
+        std::memcpy(row + (2 * i + 1) * s.width, second + i * s.width, s.width * 2);
+    }
+    work.run(*layer, row, residual_normed ? second : hidden, *place, between, delta);
+    add_norm_bf16(between, delta, nullptr, out, nullptr, n, s.width, s.eps);
 }

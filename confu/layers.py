@@ -1,7 +1,8 @@
-"""All layers of a Llama-like target in one compiled call, where every weight lies in tiles (`linear.py`) and
-rows are few: between some two hundred short functions, what Python does would take a third of the time.
+"""All layers of a Llama-like target, or the one of a draft, in one compiled call, where every weight lies in tiles
+(`linear.py`) and rows are few: between so many short functions, what Python does would take a third of the time.
 
-`LlamaForward` computes the same, one function after the other, and is what this is tested against, bit for bit.
+`LlamaForward` and `DraftForward` compute the same, one function after the other, and are what this is tested against,
+bit for bit.
 
 Shapes: B batch, R rows, D hidden width, A captured layers.
 """
@@ -10,7 +11,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,12 +23,12 @@ from confu.cache import KVCache
 from confu.linear import Int8Product, TileProduct
 from confu.native import tiles_function
 
-if TYPE_CHECKING:
-    from confu.llama import LlamaLayer
-
+Turn = tuple[Tensor, Tensor]
+"""cos and sin of the rows' positions, each [B, R, head width], or of one sequence for all."""
 
 # fmt: off
 SIZES = ("layers", "batch", "rows", "width", "heads", "groups", "head_dim", "slots", "num_keys", "num_captured")
+PLACE = ("cos", "sin", "mask", "keys", "values", "read_keys", "read_values", "first_slots")
 # fmt: on
 
 
@@ -48,63 +50,144 @@ class _Shape(ctypes.Structure):
     _fields_ = (*((name, ctypes.c_int64) for name in SIZES), ("eps", ctypes.c_float), ("scale", ctypes.c_float))
 
 
+class _Place(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_void_p) for name in PLACE)
+
+
+@dataclass
+class LayerWeights:
+    """Of one decoder layer: queries, keys and values in one product, gate and up in another."""
+
+    qkv: Any
+    out: Any
+    gate_up: Any
+    down: Any
+    attention_norm: Tensor
+    mlp_norm: Tensor
+    head_norms: Tensor | None
+    """Of each query head, then of each key head (Qwen3)."""
+    num_heads: int
+    num_groups: int
+    head_dim: int
+    eps: float
+
+
 class Layers:
     """The layers of a target and its last norm. Keeps pointers: ``layers`` and ``norm`` have to live as long."""
 
-    def __init__(self, function: Callable[..., None], layers: Sequence[LlamaLayer], norm: Tensor) -> None:
-        self._function, self._layers, self._norm = function, layers, norm
+    def __init__(self, layers: Sequence[LayerWeights], norm: Tensor) -> None:
+        self._function, self._layers, self._norm = _function("layers_bf16"), layers, norm
         self._packed = (_Layer * len(layers))(*map(_packed, layers))
 
     @classmethod
-    def of(cls, layers: Sequence[LlamaLayer], norm: Tensor, eps: float) -> Layers | None:
+    def of(cls, layers: Sequence[LayerWeights], norm: Tensor, eps: float) -> Layers | None:
         """None where a weight is kept in another way, or layers differ in what is told once for all."""
-        products = [part for layer in layers for part in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-        norms = [part for layer in layers for part in (layer.attention_norm, layer.mlp_norm, layer.head_norms)]
-        plain = all(weight is None or weight.dtype == torch.bfloat16 for weight in (norm, *norms))
         alike = all(layer.eps == eps for layer in layers)
-        if not (plain and alike and all(map(_by_tiles, products))):
-            return None
-        function = tiles_function("layers_bf16", [ctypes.c_void_p] * 15)
-        assert function is not None
-        return cls(function, layers, norm)
-
-    def serves(self, attend: Attention, cache: KVCache) -> bool:
-        """Whether these rows are few, and the cache holds what they are made of, layer behind layer."""
-        return attend.tiled is not None and cache.dtype == self._norm.dtype and cache.keys.is_contiguous()
+        return cls(layers, norm) if alike and _plain(norm) and all(map(_in_tiles, layers)) else None
 
     def __call__(
         self,
         embeddings: Float[Tensor, "B R D"],
-        turn: tuple[Tensor, Tensor],
+        turn: Turn,
         attend: Attention,
         cache: KVCache,
         captured: tuple[int, ...],
     ) -> tuple[Float[Tensor, "B R D"], Float[Tensor, "B R DA"]]:
         """The normed last state, and the states that enter the layers named by ``captured``, side by side (the number
         of layers names the last one)."""
-        first, (batch, rows, width) = self._layers[0], embeddings.shape
-        embeddings = embeddings.contiguous()
-        cos, sin = (x.expand(batch, -1, -1).contiguous() for x in turn)
+        batch, rows, width = embeddings.shape
+        embeddings, named = embeddings.contiguous(), torch.tensor(captured)
         final, states = torch.empty_like(embeddings), embeddings.new_empty(batch, rows, len(captured) * width)
-        opened = cache.opened(0)
-        shape = _Shape(
-            len(self._layers), batch, rows, width, first.num_heads, first.num_groups, first.head_dim,
-            cache.keys.shape[3], opened[0].shape[2], len(captured), first.eps, scale(first.head_dim),
-        )  # fmt: skip
-        assert attend.mask is not None
-        tensors = (
-            self._norm, embeddings, cos, sin, attend.mask, cache.keys, cache.values, *opened, cache.first_slots,
-            torch.tensor(captured), states, final,
-        )  # fmt: skip
-        self._function(self._packed, ctypes.byref(shape), *(tensor.data_ptr() for tensor in tensors))
+        call = _Call(self._layers[0], embeddings, turn, attend, cache, len(self._layers), len(captured))
+        tensors = (self._norm, embeddings, named, states, final)
+        self._function(self._packed, *call.pointers, *map(_pointer, tensors))
         return final, states
+
+
+class DraftLayer:
+    """The layer of a draft: its projections read normed embeddings beside normed hidden states. Keeps pointers."""
+
+    def __init__(self, layer: LayerWeights, hidden_norm: Tensor, *, residual_normed: bool) -> None:
+        self._function, self._layer, self._hidden_norm = _function("draft_layer_bf16"), layer, hidden_norm
+        self._packed, self._residual_normed = _packed(layer), residual_normed
+
+    @classmethod
+    def of(cls, layer: LayerWeights, hidden_norm: Tensor, *, residual_normed: bool) -> DraftLayer | None:
+        """None where a weight is kept in another way, or the projections read still more."""
+        if not (_plain(hidden_norm) and _in_tiles(layer) and layer.qkv.num_inputs == 2 * len(hidden_norm)):
+            return None
+        return cls(layer, hidden_norm, residual_normed=residual_normed)
+
+    def __call__(
+        self,
+        embeddings: Float[Tensor, "B R D"],
+        hidden: Float[Tensor, "B R D"],
+        turn: Turn,
+        attend: Attention,
+        cache: KVCache,
+    ) -> Float[Tensor, "B R D"]:
+        """What leaves the layer, its hidden states when they are recycled."""
+        embeddings, hidden = embeddings.contiguous(), hidden.contiguous()
+        out = torch.empty_like(hidden)
+        call = _Call(self._layer, hidden, turn, attend, cache)
+        tensors = (embeddings, hidden, out)
+        self._function(
+            ctypes.byref(self._packed), *call.pointers, _pointer(self._hidden_norm), self._residual_normed,
+            *map(_pointer, tensors),
+        )  # fmt: skip
+        return out
+
+
+def serves(attend: Attention, cache: KVCache) -> bool:
+    """Whether these rows are few, and the cache holds what they are made of, layer behind layer."""
+    return attend.tiled is not None and cache.dtype == torch.bfloat16 and cache.keys.is_contiguous()
+
+
+class _Call:
+    """What a call is told of its rows beside their states; it keeps the tensors that ``pointers`` lead to."""
+
+    def __init__(
+        self,
+        like: LayerWeights,
+        states: Float[Tensor, "B R D"],
+        turn: Turn,
+        attend: Attention,
+        cache: KVCache,
+        num_layers: int = 1,
+        num_captured: int = 0,
+    ) -> None:
+        batch, rows, width = states.shape
+        opened = cache.opened(0)
+        turn = turn[0].expand(batch, -1, -1).contiguous(), turn[1].expand(batch, -1, -1).contiguous()
+        self._tensors = (*turn, attend.mask, cache.keys, cache.values, *opened, cache.first_slots)
+        shape = _Shape(
+            num_layers, batch, rows, width, like.num_heads, like.num_groups, like.head_dim, cache.keys.shape[3],
+            opened[0].shape[2], num_captured, like.eps, scale(like.head_dim),
+        )  # fmt: skip
+        self.pointers = ctypes.byref(shape), ctypes.byref(_Place(*map(_pointer, self._tensors)))
+
+
+def _function(name: str) -> Callable[..., None]:
+    function = tiles_function(name, [ctypes.c_void_p] * 8)
+    assert function is not None
+    return function
+
+
+def _in_tiles(layer: LayerWeights) -> bool:
+    norms = (layer.attention_norm, layer.mlp_norm, layer.head_norms)
+    products = (layer.qkv, layer.out, layer.gate_up, layer.down)
+    return all(map(_plain, norms)) and all(map(_by_tiles, products))
+
+
+def _plain(norm: Tensor | None) -> bool:
+    return norm is None or norm.dtype == torch.bfloat16
 
 
 def _by_tiles(product: Any) -> bool:
     return isinstance(product, TileProduct) or (isinstance(product, Int8Product) and product.by_tiles)
 
 
-def _packed(layer: LlamaLayer) -> _Layer:
+def _packed(layer: LayerWeights) -> _Layer:
     def packed(product: Any) -> _Product:
         pointers = map(_pointer, (product.weight, product.scales, product.bias))
         return _Product(*pointers, product.num_inputs, product.num_outputs, product.bits)

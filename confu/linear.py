@@ -1,9 +1,9 @@
 """Matrix products of decoding: a weight is laid out once for the kernels that will read it, then used every round.
 
 Verification reads all weights for a few dozen rows, so a round costs what reading them costs. On a CPU, oneDNN reads a
-prepacked weight about twice as fast as a plain one, and AMX tiles of our own are faster still for few rows; in int8
-there is half as much to read, and in the blocks of a GGUF file a third. The plain product,
-`torch.nn.functional.linear`, is the reference that all are tested against.
+prepacked weight about twice as fast as a plain one, and AMX tiles of our own are faster still for few rows; weights
+that were made of the blocks of a GGUF file stay in them, a third of the bytes, and in int8 there is half as much to
+read. The plain product, `torch.nn.functional.linear`, is the reference that all are tested against.
 
 Shapes: K inputs, N outputs.
 """
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from confu.native import tiles_function
 
-QUANTIZATIONS = ("int8", "gguf")
+QUANTIZATIONS = ("int8",)
 USUAL_ROWS = 16  # the layout is chosen for about so many; any number works
 TILE = 16
 BLOCK_BYTES = {4: TILE * TILE + 4 * TILE, 8: 2 * TILE * TILE + 2 * TILE}  # of a tile, by the bits of a weight
@@ -33,7 +33,7 @@ class Product(nn.Module):
 
     def __init__(self, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None = None) -> None:
         super().__init__()
-        self.weight, self.bias = weight, bias
+        self.weight, self.bias, self.num_inputs = weight, bias, weight.shape[1]
 
     def forward(self, x: Float[Tensor, "*rows K"]) -> Float[Tensor, "*rows N"]:
         return nn.functional.linear(x, self.weight, self.bias)
@@ -44,6 +44,7 @@ class PackedProduct(nn.Module):
 
     def __init__(self, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None = None) -> None:
         super().__init__()
+        self.num_inputs = weight.shape[1]
         self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), USUAL_ROWS), bias
 
     def forward(self, x: Float[Tensor, "*rows K"]) -> Float[Tensor, "*rows N"]:
@@ -63,6 +64,7 @@ class Int8Product(nn.Module):
 
     def __init__(self, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None = None) -> None:
         super().__init__()
+        self.num_outputs, self.num_inputs = weight.shape
         rounded, self.scales = quantize(weight.detach())
         self.bias = None if bias is None else bias.detach().float()
         self.by_tiles = _fits_tiles(weight)
@@ -70,7 +72,6 @@ class Int8Product(nn.Module):
             # tiles of outputs, of inputs, outputs, the two of a pair of inputs, pairs
             tiles = rounded.view(len(weight) // TILE, TILE, -1, TILE, 2).permute(0, 2, 1, 4, 3)
             self.weight, self.bits = tiles.contiguous(), 8
-            self.num_outputs, self.num_inputs = weight.shape
         else:
             whole = rounded.to(weight.dtype)
             self._plain = PackedProduct(whole) if _can_pack(whole) else Product(whole)
@@ -95,9 +96,11 @@ class TileProduct(nn.Module):
 
     @classmethod
     def of(cls, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None = None) -> TileProduct | None:
-        """None where no kernel here reads W so."""
+        """In blocks where W was made of some, else as it is; None where no kernel here reads either."""
         if not _fits_tiles(weight):
             return None
+        if (blocks := cls.in_blocks(weight, bias)) is not None:
+            return blocks
         tiles = weight.detach().view(len(weight) // TILE, TILE, -1, 2 * TILE).transpose(1, 2)
         return cls(tiles.contiguous(), 16, bias)
 
@@ -105,9 +108,7 @@ class TileProduct(nn.Module):
     def in_blocks(cls, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None = None) -> TileProduct | None:
         """In the blocks of 32 inputs from which a GGUF file's Q4_0, Q4_1 or Q8_0 made it. Nothing is rounded: they are
         found in W itself, and kept only where they give back each of its numbers, bit for bit (but for the sign of
-        zero). None where W is not made of such blocks, or no kernel here reads them."""
-        if not _fits_tiles(weight):
-            return None
+        zero). None where W, which fits tiles, is not made of such blocks."""
         find = tiles_function("find_blocks", [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 3, ctypes.c_int64)
         assert find is not None
         weight = weight.detach().contiguous()
@@ -125,6 +126,7 @@ def _multiply_tiles(product: Int8Product | TileProduct, x: Float[Tensor, "*rows 
     function = _tile_function()
     assert function is not None
     assert x.dtype == torch.bfloat16
+    assert x.shape[-1] == product.num_inputs
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], product.num_outputs)
     function(
@@ -160,8 +162,6 @@ def product(
     check_quantization(quantization, weight.device)
     if quantization == "int8":
         return Int8Product(weight, bias)
-    if quantization == "gguf" and (blocks := TileProduct.in_blocks(weight, bias)) is not None:
-        return blocks
     if (tiles := TileProduct.of(weight, bias)) is not None:
         return tiles
     return PackedProduct(weight, bias) if _can_pack(weight) else Product(weight, bias)
@@ -201,16 +201,6 @@ def check_quantization(quantization: str | None, device: torch.device | str) -> 
         raise ValueError(f"quantization is {quantization!r}; give {', '.join(QUANTIZATIONS)}, or leave it out.")
     if torch.device(device).type != "cpu":
         raise ValueError(f"quantization {quantization} has kernels for the CPU only, not for {device}.")
-
-
-def check_blocks(module: nn.Module) -> None:
-    """Raise ValueError where no linear layer inside ``module`` is made of the blocks of a GGUF file."""
-    linears = (layer for layer in module.modules() if isinstance(layer, nn.Linear))
-    if all(TileProduct.in_blocks(layer.weight) is None for layer in linears):
-        raise ValueError(
-            "quantization gguf keeps bfloat16 weights in the blocks (Q4_0, Q4_1, Q8_0) of the GGUF file they were made "
-            "from, on a processor with AMX, and none here can be kept so; leave it out, the text is the same."
-        )
 
 
 def _fits_tiles(weight: Tensor) -> bool:

@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, 
 
 from confu.attention import Attention
 from confu.cache import KVCache, PrefixCache
-from confu.layers import Layers
+from confu.layers import Layers, LayerWeights, Turn, serves
 from confu.linear import fused, product
 from confu.memory import forget_mapped
 from confu.rows import rows
@@ -66,6 +66,7 @@ class LlamaForward:
             self.layers.append(LlamaLayer(layer, self.num_heads, self.num_groups, quantization))
             if release:
                 _empty(layer)
+        self.in_blocks = quantization is None and getattr(self.layers[0].qkv, "bits", 16) < 16
         self._at_once = Layers.of(self.layers, self.norm, self.eps)
 
     def __call__(
@@ -81,7 +82,7 @@ class LlamaForward:
         turn = self.rotary(embeddings, positions)
         per_group, head_dim = self.num_heads // self.num_groups, self.layers[0].head_dim
         attend = Attention(mask, per_group=per_group, head_dim=head_dim, dtype=embeddings.dtype)
-        if self._at_once is not None and isinstance(cache, KVCache) and self._at_once.serves(attend, cache):
+        if self._at_once is not None and isinstance(cache, KVCache) and serves(attend, cache):
             final, captured = self._at_once(embeddings, turn, attend, cache, layers)
         else:
             final, captured = self._one_by_one(embeddings, turn, attend, cache, layers)
@@ -92,7 +93,7 @@ class LlamaForward:
     def _one_by_one(
         self,
         embeddings: Float[Tensor, "B R D"],
-        turn: tuple[Tensor, Tensor],
+        turn: Turn,
         attend: Attention,
         cache: KVCache | PrefixCache,
         layers: tuple[int, ...],
@@ -109,30 +110,33 @@ class LlamaForward:
         return final, torch.cat([states[index] for index in layers], dim=-1)
 
 
-class LlamaLayer:
-    """One decoder layer: queries, keys and values in one product, gate and up in another."""
+class LlamaLayer(LayerWeights):
+    """One decoder layer, one function after the other."""
 
     def __init__(self, layer: Any, num_heads: int, num_groups: int, quantization: str | None) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.num_heads, self.num_groups, self.head_dim = num_heads, num_groups, attention.head_dim
-        self.qkv = fused([attention.q_proj, attention.k_proj, attention.v_proj], quantization)
-        self.out = fused([attention.o_proj], quantization)
-        self.gate_up = fused([mlp.gate_proj, mlp.up_proj], quantization)
-        self.down = fused([mlp.down_proj], quantization)
-        self.attention_norm = layer.input_layernorm.weight
-        self.mlp_norm = layer.post_attention_layernorm.weight
-        self.eps: float = layer.input_layernorm.variance_epsilon
-        self.head_norms = None
+        head_norms = None
         if hasattr(attention, "q_norm"):  # Qwen3
-            self.head_norms = torch.stack(
-                [attention.q_norm.weight] * num_heads + [attention.k_norm.weight] * num_groups
-            )
+            head_norms = torch.stack([attention.q_norm.weight] * num_heads + [attention.k_norm.weight] * num_groups)
+        super().__init__(
+            qkv=fused([attention.q_proj, attention.k_proj, attention.v_proj], quantization),
+            out=fused([attention.o_proj], quantization),
+            gate_up=fused([mlp.gate_proj, mlp.up_proj], quantization),
+            down=fused([mlp.down_proj], quantization),
+            attention_norm=layer.input_layernorm.weight,
+            mlp_norm=layer.post_attention_layernorm.weight,
+            head_norms=head_norms,
+            num_heads=num_heads,
+            num_groups=num_groups,
+            head_dim=attention.head_dim,
+            eps=layer.input_layernorm.variance_epsilon,
+        )
 
     def __call__(
         self,
         hidden: Float[Tensor, "B R D"],
         delta: Float[Tensor, "B R D"] | None,
-        turn: tuple[Tensor, Tensor],
+        turn: Turn,
         attend: Attention,
         cache: KVCache | PrefixCache,
         index: int,

@@ -13,7 +13,7 @@ from confu.drafter import Drafter, TreeDrafter
 from confu.forward import Forward, ModelForward
 from confu.generate import Decoder
 from confu.graphs import CudaGraphs, GraphForward, check_compile
-from confu.linear import check_blocks, check_quantization, pack_linears
+from confu.linear import check_quantization, pack_linears
 from confu.llama import LlamaForward, is_llama_like
 from confu.memory import forget_mapped, return_freed_memory
 from confu.models import DEFAULT_TARGET, Progress, draft_path, load_target_model
@@ -86,11 +86,8 @@ def read_network(draft: str | None, dtype: torch.dtype, device: str) -> DraftMod
 def pack(model: PreTrainedModel, quantization: str | None = None, *, compile: bool = False) -> Forward:
     """The model's weights laid out for decoding. The model gives its own up: it keeps embeddings and configuration.
 
-    Raises ValueError with ``compile`` for a model whose forward cannot be recorded, and with quantization gguf for one
-    of whose weights none is made of blocks.
+    Raises ValueError with ``compile`` for a model whose forward cannot be recorded.
     """
-    if quantization == "gguf":
-        check_blocks(model)
     if is_llama_like(model):
         decoder: Any = model.get_decoder()
         if compile and decoder.rotary_emb.rope_type == "dynamic":

@@ -49,12 +49,12 @@ inline __m512 halves(const uint8_t* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
-// Blocks of 32 inputs: number x step + least of each output (GGUF's Q4_1, and Q4_0 with a least of -8 steps). Of four outputs a
-// dword for each pair of inputs, a byte for each output, the first of the pair below; then all steps, all leasts, in float16.
+// Blocks of 32 inputs: number x step + least of each output (GGUF's Q4_1, and Q4_0 with a least of -8 steps). Of four outputs 16
+// bits for each input, the first output's number lowest; then all steps, all leasts, in float16.
 struct Block4 {
     static constexpr int64_t BYTES = WEIGHTS / 2 + 4 * TILE;
 
-    // The 16 values of each of two outputs' blocks make a table, in which their numbers are looked up.
+    // The 16 values of each of two outputs' blocks make a table, in which their numbers are looked up: the second's with a bit set.
     static void widen(const uint8_t* from, uint16_t* to) {
         alignas(64) float steps[TILE], leasts[TILE];
         _mm512_store_ps(steps, halves(from + WEIGHTS / 2));
@@ -64,19 +64,14 @@ struct Block4 {
         const auto values = [&](int64_t output) {
             return _mm512_fmadd_ps(all, _mm512_set1_ps(steps[output]), _mm512_set1_ps(leasts[output]));
         };
-        for (int64_t i = 0; i < TILE; i += 4) {
-            const __m512i numbers = _mm512_loadu_si512(from + i * TILE);
-            const auto places = [&](int64_t k) {  // which bits each pair's two numbers begin at, in two dwords at a time
-                return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x0024002000040000 + k * 0x0008000800080008), numbers);
-            };
-            for (int64_t k = 0; k < 4; k += 2) {
-                const __m512i table = __m512i(_mm512_cvtne2ps_pbh(values(i + k + 1), values(i + k)));
-                const __m512i ours = _mm512_and_si512(places(k), four_bits);
-                // 0xea: the first where the second has ones, and the third
-                const __m512i theirs = _mm512_ternarylogic_epi32(places(k + 1), four_bits, second, 0xea);
-                _mm512_store_si512(to + (i + k) * PAIRS, _mm512_permutexvar_epi16(ours, table));
-                _mm512_store_si512(to + (i + k + 1) * PAIRS, _mm512_permutexvar_epi16(theirs, table));
-            }
+        for (int64_t i = 0; i < TILE; i += 2) {
+            const __m512i table = __m512i(_mm512_cvtne2ps_pbh(values(i + 1), values(i)));
+            const __m512i numbers = _mm512_srli_epi16(_mm512_loadu_si512(from + i / 4 * 64), i % 4 * 4);
+            const __m512i ours = _mm512_and_si512(numbers, four_bits);
+            // 0xea: the first where the second has ones, and the third
+            const __m512i theirs = _mm512_ternarylogic_epi32(_mm512_srli_epi16(numbers, 4), four_bits, second, 0xea);
+            _mm512_store_si512(to + i * PAIRS, _mm512_permutexvar_epi16(ours, table));
+            _mm512_store_si512(to + (i + 1) * PAIRS, _mm512_permutexvar_epi16(theirs, table));
         }
     }
 };
@@ -97,29 +92,46 @@ struct Block8 {
     }
 };
 
-// 16 outputs of up to 64 rows, whose tiles of 32 inputs are `stride` apart: sums [COUNT, 16 outputs, 16 rows]
-template <typename Format, int COUNT>
+// COLUMNS times 16 outputs of up to COUNT times 16 rows, whose tiles of 32 inputs lie one behind the other: sums [COLUMNS, COUNT,
+// 16 outputs, 16 rows]. A sum waits for the one before it, so at least two are on their way at a time.
+template <typename Format, int COUNT, int COLUMNS>
 void multiply(const uint16_t* x, const uint8_t* weight, int64_t tiles, uint16_t* ring, float* sums) {
-    const int64_t stride = tiles * WEIGHTS;
+    static_assert(COUNT <= 4 && COUNT * COLUMNS <= 4 && COLUMNS <= 2);
+    const int64_t stride = tiles * WEIGHTS, next = tiles * Format::BYTES;
+    const auto place = [&](int64_t k, int64_t column) { return ring + (k % RING * COLUMNS + column) * WEIGHTS; };
+    const auto widen = [&](int64_t k) {
+        Format::widen(weight + k * Format::BYTES, place(k, 0));
+        if constexpr (COLUMNS > 1) Format::widen(weight + next + k * Format::BYTES, place(k, 1));
+    };
+    const auto wide = [&](int64_t k, int64_t column) -> const void* {
+        if constexpr (std::is_same_v<Format, Wide>) return weight + column * next + k * Format::BYTES;
+        return place(k, column);
+    };
     _tile_zero(0);
-    if constexpr (COUNT > 1) _tile_zero(1);
-    if constexpr (COUNT > 2) _tile_zero(2);
-    if constexpr (COUNT > 3) _tile_zero(3);
-    for (int64_t k = 0; k < AHEAD && k < tiles; k++) Format::widen(weight + k * Format::BYTES, ring + k * WEIGHTS);
+    if constexpr (COUNT * COLUMNS > 1) _tile_zero(1);
+    if constexpr (COUNT * COLUMNS > 2) _tile_zero(2);
+    if constexpr (COUNT * COLUMNS > 3) _tile_zero(3);
+    for (int64_t k = 0; k < AHEAD && k < tiles; k++) widen(k);
     for (int64_t k = 0; k < tiles; k++) {
-        for (int64_t line = 0; line < Format::BYTES; line += 64)
-            _mm_prefetch(reinterpret_cast<const char*>(weight + (k + FETCH) * Format::BYTES + line), _MM_HINT_T0);
-        if (k + AHEAD < tiles) Format::widen(weight + (k + AHEAD) * Format::BYTES, ring + (k + AHEAD) % RING * WEIGHTS);
+        for (int64_t column = 0; column < COLUMNS; column++)
+            for (int64_t line = 0; line < Format::BYTES; line += 64)
+                _mm_prefetch(reinterpret_cast<const char*>(weight + column * next + (k + FETCH) * Format::BYTES + line), _MM_HINT_T0);
+        if (k + AHEAD < tiles) widen(k + AHEAD);
         const uint16_t* rows = x + k * WEIGHTS;
-        if constexpr (std::is_same_v<Format, Wide>)
-            _tile_loadd(6, weight + k * Format::BYTES, 64);
-        else
-            _tile_loadd(6, ring + k % RING * WEIGHTS, 64);
+        _tile_loadd(6, wide(k, 0), 64);
+        if constexpr (COLUMNS > 1) _tile_loadd(7, wide(k, 1), 64);
         _tile_loadd(4, rows, 64);
         _tile_dpbf16ps(0, 6, 4);
+        if constexpr (COLUMNS > 1) {
+            if constexpr (COUNT == 1)
+                _tile_dpbf16ps(1, 7, 4);
+            else
+                _tile_dpbf16ps(2, 7, 4);
+        }
         if constexpr (COUNT > 1) {
             _tile_loadd(5, rows + stride, 64);
             _tile_dpbf16ps(1, 6, 5);
+            if constexpr (COLUMNS > 1) _tile_dpbf16ps(3, 7, 5);
         }
         if constexpr (COUNT > 2) {
             _tile_loadd(4, rows + 2 * stride, 64);
@@ -131,17 +143,19 @@ void multiply(const uint16_t* x, const uint8_t* weight, int64_t tiles, uint16_t*
         }
     }
     _tile_stored(0, sums, 64);
-    if constexpr (COUNT > 1) _tile_stored(1, sums + TILE * TILE, 64);
-    if constexpr (COUNT > 2) _tile_stored(2, sums + 2 * TILE * TILE, 64);
-    if constexpr (COUNT > 3) _tile_stored(3, sums + 3 * TILE * TILE, 64);
+    if constexpr (COUNT * COLUMNS > 1) _tile_stored(1, sums + TILE * TILE, 64);
+    if constexpr (COUNT * COLUMNS > 2) _tile_stored(2, sums + 2 * TILE * TILE, 64);
+    if constexpr (COUNT * COLUMNS > 3) _tile_stored(3, sums + 3 * TILE * TILE, 64);
 }
 
 template <typename Format>
-void multiply(int64_t count, const uint16_t* x, const uint8_t* weight, int64_t tiles, uint16_t* ring, float* sums) {
-    if (count == 1) multiply<Format, 1>(x, weight, tiles, ring, sums);
-    if (count == 2) multiply<Format, 2>(x, weight, tiles, ring, sums);
-    if (count == 3) multiply<Format, 3>(x, weight, tiles, ring, sums);
-    if (count == 4) multiply<Format, 4>(x, weight, tiles, ring, sums);
+void multiply(int64_t count, int64_t columns, const uint16_t* x, const uint8_t* weight, int64_t tiles, uint16_t* ring, float* sums) {
+    if (count == 1 && columns == 1) multiply<Format, 1, 1>(x, weight, tiles, ring, sums);
+    if (count == 1 && columns == 2) multiply<Format, 1, 2>(x, weight, tiles, ring, sums);
+    if (count == 2 && columns == 1) multiply<Format, 2, 1>(x, weight, tiles, ring, sums);
+    if (count == 2 && columns == 2) multiply<Format, 2, 2>(x, weight, tiles, ring, sums);
+    if (count == 3) multiply<Format, 3, 1>(x, weight, tiles, ring, sums);
+    if (count == 4) multiply<Format, 4, 1>(x, weight, tiles, ring, sums);
 }
 
 uint16_t* aligned(std::vector<uint16_t>& memory, size_t count) {
@@ -162,12 +176,13 @@ void product(const uint16_t* x, const uint8_t* weight, const float* scales, cons
                             rows - first < MOST ? rows - first : MOST, inputs, outputs);
         return;
     }
-    const int64_t tiles = inputs / PAIRS, row_tiles = (rows + TILE - 1) / TILE;
+    const int64_t tiles = inputs / PAIRS, row_tiles = (rows + TILE - 1) / TILE, together = std::is_same_v<Format, Wide> && row_tiles <= 2 ? 2 : 1;
+    const bool often = rows > BLOCKS * TILE;  // weights read so often are widened once
     static thread_local std::vector<uint16_t> packed_memory;
     uint16_t* packed = aligned(packed_memory, row_tiles * tiles * WEIGHTS);
 #pragma omp parallel
     {
-        alignas(64) uint16_t ring[RING * WEIGHTS];
+        alignas(64) uint16_t ring[2 * RING * WEIGHTS];
         alignas(64) float sums[BLOCKS * TILE * TILE];
         alignas(64) uint32_t turned[TILE * TILE];
         const TileConfig config;
@@ -179,30 +194,30 @@ void product(const uint16_t* x, const uint8_t* weight, const float* scales, cons
                       reinterpret_cast<uint32_t*>(packed + i * WEIGHTS));
         }
 #pragma omp for schedule(static) nowait
-        for (int64_t column = 0; column < outputs; column += TILE) {
-            const uint8_t* from = weight + column / TILE * tiles * Format::BYTES;
-            const bool often = rows > BLOCKS * TILE;  // read so often, they are widened once
+        for (int64_t column = 0; column < outputs / TILE; column += together) {
+            const uint8_t* from = weight + column * tiles * Format::BYTES;
             if (often && !std::is_same_v<Format, Wide>) {
                 static thread_local std::vector<uint16_t> wide_memory;
                 uint16_t* wide = aligned(wide_memory, tiles * WEIGHTS);
                 for (int64_t k = 0; k < tiles; k++) Format::widen(from + k * Format::BYTES, wide + k * WEIGHTS);
                 from = reinterpret_cast<const uint8_t*>(wide);
             }
-            const __m512 by = scales ? _mm512_loadu_ps(scales + column) : _mm512_set1_ps(1);
-            const __m512 plus = bias ? _mm512_loadu_ps(bias + column) : _mm512_setzero_ps();
+            const int64_t columns = outputs / TILE - column < together ? outputs / TILE - column : together;
             for (int64_t first = 0; first < row_tiles; first += BLOCKS) {
                 const int64_t count = row_tiles - first < BLOCKS ? row_tiles - first : BLOCKS;
                 const uint16_t* operand = packed + first * tiles * WEIGHTS;
                 if (often)
-                    multiply<Wide>(count, operand, from, tiles, ring, sums);
+                    multiply<Wide>(count, columns, operand, from, tiles, ring, sums);
                 else
-                    multiply<Format>(count, operand, from, tiles, ring, sums);
-                for (int64_t b = 0; b < count; b++) {
-                    const int64_t row = (first + b) * TILE;
-                    transpose(reinterpret_cast<uint32_t*>(sums) + b * TILE * TILE, TILE, TILE, turned);
+                    multiply<Format>(count, columns, operand, from, tiles, ring, sums);
+                for (int64_t block = 0; block < columns * count; block++) {
+                    const int64_t output = (column + block / count) * TILE, row = (first + block % count) * TILE;
+                    const __m512 by = scales ? _mm512_loadu_ps(scales + output) : _mm512_set1_ps(1);
+                    const __m512 plus = bias ? _mm512_loadu_ps(bias + output) : _mm512_setzero_ps();
+                    transpose(reinterpret_cast<uint32_t*>(sums) + block * TILE * TILE, TILE, TILE, turned);
                     for (int64_t i = 0; i < TILE && row + i < rows; i++) {
                         const __m512 sum = _mm512_castsi512_ps(_mm512_load_si512(turned + i * TILE));
-                        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (row + i) * outputs + column),
+                        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (row + i) * outputs + output),
                                             __m256i(_mm512_cvtneps_pbh(_mm512_fmadd_ps(sum, by, plus))));
                     }
                 }
@@ -325,7 +340,7 @@ bool find(const uint16_t* weight, uint8_t* out, int64_t outputs, int64_t inputs)
                 const auto number = int8_t(block.numbers[k]);
                 if (!FOUR)
                     to[i * PAIRS + k] = number;
-                else if (uint8_t& both = to[i / 4 * 64 + k / 2 * 4 + i % 4]; k % 2 == 0)
+                else if (uint8_t& both = to[i / 4 * 64 + 2 * k + i % 4 / 2]; i % 2 == 0)
                     both = number;
                 else
                     both |= number << 4;

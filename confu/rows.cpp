@@ -39,7 +39,7 @@ template <typename T> void norm_row(const T* x, const T* __restrict__ weight, T*
     for (int64_t i = 0; i < width; i++) put(out[i], rounded<T>(wide(x[i]) * scale) * wide(weight[i]));
 }
 
-// total = x + delta (delta may be null: total is not written); out = norm(total) * weight
+// total = x + delta (delta may be null: total is not written); out = norm(total) * weight (out may be null)
 template <typename T>
 void add_norm(const T* x, const T* delta, const T* weight, T* total, T* out, int64_t rows, int64_t width, float eps) {
 #pragma omp parallel for if (rows * width > LIGHT)
@@ -51,7 +51,7 @@ void add_norm(const T* x, const T* delta, const T* weight, T* total, T* out, int
             for (int64_t i = 0; i < width; i++) put(sum[i], wide(row[i]) + wide(added[i]));
             row = sum;
         }
-        norm_row(row, weight, out + r * width, width, eps);
+        if (out) norm_row(row, weight, out + r * width, width, eps);
     }
 }
 

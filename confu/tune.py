@@ -1,8 +1,8 @@
 """Measures what rounds cost on this machine and which trees pay here, and keeps the findings beside the draft.
 
 `tuned.json`, for a shipped draft in the user's cache, holds one entry for each machine, number of threads, precision
-and quantization: the cost model by which `Budget` sizes every tree, its limits, and the measurements they were chosen
-by.
+and form of the target's weights: the cost model by which `Budget` sizes every tree, its limits, and the measurements
+they were chosen by.
 """
 
 from __future__ import annotations
@@ -262,6 +262,8 @@ def machine_key(decoder: Decoder) -> str:
         parts.insert(1, f"{torch.get_num_threads()} threads")
     if target.quantization:
         parts.append(target.quantization)
+    elif getattr(target.forward_rows, "in_blocks", False):
+        parts.append("GGUF blocks")
     return ", ".join([*parts, *(["compiled"] if target.compiled else [])])
 
 

@@ -16,6 +16,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from confu import linear
+from confu.cache import KVCache
+from confu.config import DraftConfig
+from confu.draft import DraftModel
 from confu.draft_forward import DraftForward
 from confu.linear import (
     Int8Product,
@@ -31,6 +34,7 @@ from confu.llama import LlamaForward, is_llama_like
 from confu.load import pack, read_network
 from confu.memory import forget_mapped
 from confu.target import Target
+from confu.tree import take
 
 LLAMA_LIKE = ("Llama 3", "Llama 3, tied head", "Qwen2, Qwen2.5", "Qwen3", "Mistral")
 
@@ -141,7 +145,7 @@ def test_tile_product_is_the_plain_one(kind, with_bias, shape, num_rows):
     weight = random(*shape).bfloat16() if kind is None else from_gguf(kind, random(*shape))
     bias = random(shape[0], seed=1).bfloat16() if with_bias else None
     x = (random(num_rows, shape[1], seed=2) * torch.logspace(-4, 4, num_rows)[:, None]).bfloat16()
-    layer = product(weight, bias, "gguf" if kind else None)
+    layer = product(weight, bias)
     assert isinstance(layer, TileProduct)
     assert layer.bits == (int(kind[1]) if kind else 16)
     expected, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
@@ -155,38 +159,42 @@ def test_tile_product_is_the_plain_one(kind, with_bias, shape, num_rows):
         assert torch.equal(layer(x[i]), ours[i])  # whatever the rows beside it
 
 
-def test_what_is_not_made_of_blocks_is_packed():
+@needs_tiles
+def test_what_is_not_made_of_blocks_stays_as_it_is():
     weight = from_gguf("Q4_1", random(64, 96))
     other = weight.clone()
     other[63, 95] *= 1.02
-    for unfit in (other, random(64, 96).bfloat16(), weight.float(), weight[:, :40], weight[:40]):
+    assert product(weight).bits == 4
+    for unfit in (other, random(64, 96).bfloat16()):
         assert TileProduct.in_blocks(unfit) is None
-        assert type(product(unfit, quantization="gguf")) is type(product(unfit))
-    with pytest.raises(ValueError, match="and none here can be kept so; leave it out, the text is the same"):
-        pack(families.build("Qwen3"), "gguf")
+        assert product(unfit).bits == 16
+    for unfit in (weight.float(), weight[:, :40], weight[:40]):
+        assert isinstance(product(unfit), PackedProduct)
+
+
+def not_of_blocks(model: nn.Module) -> nn.Module:
+    """The same model, whose weights no GGUF file can have made."""
+    other = copy.deepcopy(model)
+    for layer in (module for module in other.modules() if isinstance(module, nn.Linear)):
+        layer.weight.data += 0.01 * layer.weight.data.std() * torch.randn_like(layer.weight)
+    return other
 
 
 @needs_tiles
-def test_a_target_in_blocks_is_the_same_target():
-    """No further from float32 than the same bfloat16 weights are when they are packed."""
+def test_a_target_in_blocks_is_the_same_target_bit_for_bit(monkeypatch):
     config = LlamaConfig(vocab_size=64, num_hidden_layers=naive.LAYERS, initializer_range=0.1, **SMALL)
     torch.manual_seed(0)
-    low = LlamaForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
-    for layer in (module for module in low.modules() if isinstance(module, nn.Linear)):
+    model = LlamaForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
+    for layer in (module for module in model.modules() if isinstance(module, nn.Linear)):
         layer.weight.data = from_gguf("Q4_1", layer.weight.data.float())
-    exact = LlamaForCausalLM(config).float().eval()
-    exact.load_state_dict(low.state_dict())
-    in_blocks = pack(copy.deepcopy(low), "gguf")
-    with torch.inference_mode():
-        reference, _ = forwards(Target(exact), LlamaForward(exact), 4)
-        _, packed = forwards(Target(low), LlamaForward(low), 4)
-        _, blocks = forwards(Target(low), in_blocks, 4)
+    in_blocks = pack(copy.deepcopy(model))
+    monkeypatch.setattr(TileProduct, "in_blocks", lambda *weight: None)
+    as_they_are = pack(copy.deepcopy(model))
     assert {layer.qkv.bits for layer in in_blocks.layers} == {4}
-    off = [
-        sum((a.float() - c).square().mean() for a, c in zip(outs, reference, strict=True)) for outs in (packed, blocks)
-    ]
-    assert off[0] > 0
-    assert 0.7 < off[1] / off[0] < 1.4, off
+    assert {layer.qkv.bits for layer in as_they_are.layers} == {16}
+    with torch.inference_mode():
+        ours, theirs = forwards(Target(model, forward=in_blocks), as_they_are, 4)
+    assert all(map(torch.equal, ours, theirs))
 
 
 def test_the_fastest_product_is_chosen():
@@ -196,7 +204,7 @@ def test_the_fastest_product_is_chosen():
     assert isinstance(product(random(16, 32).bfloat16()), TileProduct if in_tiles else PackedProduct)
     assert isinstance(product(random(4, 4).double()), Product)
     assert isinstance(product(random(4, 4), quantization="int8"), Int8Product)
-    with pytest.raises(ValueError, match=r"quantization is 'int4'; give int8, gguf, or leave it out"):
+    with pytest.raises(ValueError, match=r"quantization is 'int4'; give int8, or leave it out"):
         product(random(4, 4), quantization="int4")
     for quantization in linear.QUANTIZATIONS:
         with pytest.raises(ValueError, match="kernels for the CPU only"):
@@ -206,7 +214,8 @@ def test_the_fastest_product_is_chosen():
 def test_a_drafts_weights_are_rounded_where_that_is_faster():
     for dtype in (torch.float32, torch.bfloat16):
         forward = DraftForward(read_network("smollm2-135m-eagle3", dtype, "cpu"))
-        kinds = {type(product) for product in forward._products.values()}
+        layer = forward._layer
+        kinds = set(map(type, (forward._fc, forward._head, layer.qkv, layer.out, layer.gate_up, layer.down)))
         faster = dtype == torch.bfloat16 and linear._tile_function() is not None
         assert kinds == {Int8Product if faster else PackedProduct}
 
@@ -279,10 +288,10 @@ def test_llama_forward_in_bfloat16_rounds_as_the_model_does(options):
 
 
 @needs_tiles
-@pytest.mark.parametrize("quantization", [None, *linear.QUANTIZATIONS])
+@pytest.mark.parametrize(("quantization", "bits"), [(None, 16), (None, 4), ("int8", 8)])
 @pytest.mark.parametrize("kind", [LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM])
 @pytest.mark.parametrize("num_rows", [1, 6, 40])
-def test_layers_at_once_are_the_layers_one_by_one(quantization, kind, num_rows):
+def test_layers_at_once_are_the_layers_one_by_one(quantization, bits, kind, num_rows):
     """Bit for bit: biases (Qwen2), norms of heads (Qwen3), sequences of different lengths, a state asked for twice."""
     config = kind.config_class(vocab_size=64, num_hidden_layers=naive.LAYERS, head_dim=32, **SMALL)
     torch.manual_seed(0)
@@ -291,7 +300,9 @@ def test_layers_at_once_are_the_layers_one_by_one(quantization, kind, num_rows):
         layer.weight.data = from_gguf("Q4_1", layer.weight.data.float())
         if layer.bias is not None:
             layer.bias.data.normal_()
+    model = not_of_blocks(model) if bits == 16 else model
     one_by_one, at_once = LlamaForward(model, quantization), LlamaForward(model, quantization)
+    assert {layer.qkv.bits for layer in at_once.layers} == {bits}
     one_by_one._at_once = None
     function, calls = at_once._at_once._function, []
     at_once._at_once._function = lambda *given: calls.append(given) or function(*given)
@@ -362,3 +373,45 @@ def test_pages_of_mapped_weights_go_and_come_back(tmp_path):
     assert torch.equal(mapped, weight)  # read again from the file
     assert torch.equal(mapped.sum(), before[0])
     assert torch.equal(own, before[1])  # memory of our own is left alone
+
+
+@needs_tiles
+@pytest.mark.parametrize("method", ["eagle3", "confu"])
+@pytest.mark.parametrize("residual_normed", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 7, 40])
+@pytest.mark.parametrize("with_soft", [False, True])
+def test_a_draft_layer_at_once_is_the_layer(method, residual_normed, num_rows, with_soft):
+    """Bit for bit, with all rows to their end or the last of each sequence alone, behind prefixes of other lengths."""
+    confu = {"num_soft_prompts": 1, "num_experts": 2, "top_experts": 1, "replication": 2}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    vocabulary = {"vocab_size": 64, "draft_vocab_size": 32, "num_target_layers": 8, "feature_layers": (2, 4, 5)}
+    rope = {"max_position_embeddings": 96, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    options = {"norm_before_residual": residual_normed} | (confu if method == "confu" else {})
+    config = DraftConfig(method=method, target="tiny", head_dim=32, **sizes, **vocabulary, **rope, **options)
+    torch.manual_seed(0)
+    draft = DraftModel(config).to(torch.bfloat16)
+    forward, plain = DraftForward(draft), DraftForward(draft)
+    plain._at_once = None
+    function, calls = forward._at_once._function, []
+    forward._at_once._function = lambda *given: calls.append(given) or function(*given)
+
+    lengths, outs = [9, 6], []
+    embedding, hidden = (random(2, num_rows, 64, seed=seed).bfloat16() for seed in (1, 2))
+    last = torch.tensor([[num_rows - 1], [num_rows // 2]])
+    turn = forward.turn(hidden, torch.tensor(lengths)[:, None] + torch.arange(num_rows))
+    for engine in (forward, plain):
+        cache = KVCache(1, 2, 2, 64, 32, dtype=torch.bfloat16, device="cpu", num_soft=1)
+        cache.keys.copy_(random(*cache.keys.shape, seed=3))
+        cache.values.copy_(random(*cache.values.shape, seed=4))
+        cache.lengths = lengths
+        cache.open_rows(num_rows, with_soft=with_soft)
+        rows = torch.ones(num_rows, num_rows).tril().bool().expand(2, -1, -1)
+        soft = torch.ones(2, num_rows, dtype=torch.bool) if with_soft else False
+        mask = cache.row_mask(rows, with_soft=soft)
+        out = engine.layer(embedding, hidden, None, turn, mask, cache)
+        mask_of_last = mask.gather(1, last[:, :, None].expand(-1, -1, mask.shape[2]))
+        alone = engine.layer(embedding, hidden, None, turn, mask_of_last, cache, last)
+        torch.testing.assert_close(alone, take(out, last), rtol=0.02, atol=0.02)
+        outs.append((out, alone, cache.keys, cache.values))
+    assert len(calls) == (2 if 2 * num_rows <= linear.USUAL_ROWS else 1)
+    assert all(map(torch.equal, *outs))

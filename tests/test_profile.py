@@ -20,7 +20,7 @@ from confu.costs import Budget, Costs
 from confu.drafter import TreeDrafter
 from confu.forward import ModelForward
 from confu.generate import Decoder
-from confu.layers import Layers
+from confu.layers import DraftLayer, Layers
 from confu.llama import LlamaForward
 from confu.rows import rows
 from confu.target import Target
@@ -31,6 +31,7 @@ PROMPT = [3, 1, 4, 1, 5]
 PLACES = [
     *((kind, "__call__") for kind in (linear.Product, linear.PackedProduct, linear.Int8Product, linear.TileProduct)),
     (Layers, "__call__"),
+    (DraftLayer, "__call__"),
     *((type(rows()), name) for name in ("add_norm", "rotate", "gate")),
     (Attention, "__call__"),
     (torch.nn.functional, "scaled_dot_product_attention"),

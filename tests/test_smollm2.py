@@ -77,9 +77,8 @@ def test_greedy_answers_with_int8_are_those_of_the_rounded_model(plain, plain_in
 def test_the_default_target_stays_in_the_blocks_of_its_file():
     """Every product of decoding gives back the bfloat16 weights, number for number, and drafts do draft for it."""
     model, _ = load_target_model(DEFAULT_TARGET, dtype=torch.bfloat16, device="cpu")
-    decoder = load_decoder("smollm2-135m-confu", dtype="bfloat16", device="cpu", quantization="gguf", tree=TreeConfig())
+    decoder = load_decoder("smollm2-135m-confu", dtype="bfloat16", device="cpu", tree=TreeConfig())
     forward = decoder.target.forward_rows
-    assert decoder.target.quantization == "gguf"
     named = [(forward.head, [model.lm_head])]
     for ours, theirs in zip(forward.layers, model.model.layers, strict=True):
         attention, mlp = theirs.self_attn, theirs.mlp

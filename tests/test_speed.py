@@ -7,7 +7,10 @@ from pathlib import Path
 
 import naive
 import pytest
+import torch
 from tiny_data import byte_tokenizer, tiny_llama
+
+from confu.models import load_target_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = "--repeats 2 --prompts 2 --new-tokens 5 --rows 1,4 --prefixes 24,9999 --batches 1,3 --trees 4x3"
@@ -19,8 +22,10 @@ def speed():
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["speed"] = module  # where its dataclass looks for its annotations
+    sys.path.insert(0, str(ROOT / "benchmarks"))  # as for a script
     spec.loader.exec_module(module)
     yield module
+    sys.path.remove(str(ROOT / "benchmarks"))
     del sys.modules["speed"]
 
 
@@ -109,3 +114,22 @@ def test_bad_input_is_one_sentence(speed, folder, tmp_path, monkeypatch, capsys,
         speed.main()
     assert said in f"{stopped.value.code} {capsys.readouterr().err}"
     assert not list(tmp_path.iterdir())
+
+
+def test_an_unblocked_target_is_nearly_the_same(speed, tmp_path, monkeypatch):
+    model = tiny_llama().to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "target")
+    byte_tokenizer().save_pretrained(tmp_path / "target")
+    unblocked = sys.modules["unblocked"]
+    monkeypatch.setattr(sys, "argv", ["unblocked.py", str(tmp_path / "new"), "--target", str(tmp_path / "target")])
+    unblocked.main()
+    other, _ = load_target_model(str(tmp_path / "new"), dtype=torch.bfloat16, device="cpu")
+    before, after = model.state_dict(), other.state_dict()
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        moved = (after[name].float() - weight.float()).abs()
+        assert (moved <= 0.02 * weight.float().abs()).all()
+        is_linear = "proj" in name or name == "lm_head.weight"
+        assert (moved > 0).any() == is_linear, name
+        assert not moved[1:].any()
+        assert not moved[..., 32:].any()

@@ -33,7 +33,7 @@ from confu.config import BenchConfig, SamplingConfig
 from confu.costs import Budget
 from confu.generate import Decoder
 from confu.host import wait
-from confu.layers import Layers
+from confu.layers import DraftLayer, Layers
 from confu.models import Progress
 from confu.pages.page import NONE, number
 from confu.rows import rows
@@ -54,7 +54,7 @@ TARGET, DRAW, KEEP, COMMIT, GROW, HOST = (
     "bookkeeping",
 )
 REST, LOOP = "rest", "loop"
-INSIDE = {TARGET: (LAYERS, PRODUCTS, ATTENTION, ROWS, WRITES, LOGITS, REST), GROW: (PRODUCTS, SIZE, REST)}
+INSIDE = {TARGET: (LAYERS, PRODUCTS, ATTENTION, ROWS, WRITES, LOGITS, REST), GROW: (LAYERS, PRODUCTS, SIZE, REST)}
 PARTS = [
     f"{step}: {part}" if part else step
     for step in (TARGET, DRAW, KEEP, COMMIT, GROW, HOST, LOOP)
@@ -217,6 +217,7 @@ def wrapped(decoder: Decoder, wrap: Wrap) -> Iterator[None]:
     named: list[tuple[str, Any, tuple[str, ...]]] = [
         (TARGET, Target, ("verify",)),
         (LAYERS, Layers, ("__call__",)),
+        (LAYERS, DraftLayer, ("__call__",)),
         (ATTENTION, Attention, ("__call__",)),
         (ATTENTION, torch.nn.functional, ("scaled_dot_product_attention",)),  # of transformers' models
         (ROWS, type(rows()), ("add_norm", "rotate", "gate")),

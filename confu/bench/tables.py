@@ -235,7 +235,7 @@ def conditions(results: Results) -> str:
         tree += "trees as named, "
     elif any(facts["kind"] not in (PLAIN, "lookup") for facts in trees if "costs" not in facts):
         tree += "".join("{} nodes, depth {}, top-k {}, ".format(*s) for s in shapes)
-    rounded = {"int8": " rounded to int8", "gguf": " in GGUF blocks"}.get(run.get("quantization") or "", "")
+    rounded = f" rounded to {run['quantization']}" if run.get("quantization") else ""
     rounded += ", compiled" if run.get("compile") else ""
     repeats = f", {run['repeats']} repeats" if run["repeats"] > 1 else ""
     turns = len({(row["question"], row["turn"]) for row in results.rows})
