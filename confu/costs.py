@@ -22,6 +22,8 @@ CHILDREN = 0.5  # of what a frontier is expected to bring, the part that its chi
 WEIGHT = 0.9  # of the past, in what is remembered from round to round
 GRAIN = 4  # rows of a verification come in multiples of it: each number costs milliseconds, and memory, the first time
 PRIOR = 4.0  # tokens for which the draft's probabilities are believed before acceptance corrects them
+TRIAL = 4  # rounds with a draft before it is judged whether they pay
+RESTS = (8, 64)  # rounds without one where they do not: so many at first, twice as many each time, at most so many
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ def between(points: tuple[tuple[int, float], ...], size: int) -> float:
 
 
 class Budget:
-    """Decides, round by round, how deep a tree grows and how many of its nodes are verified.
+    """Decides, round by round, how deep a tree grows and how many of its nodes are verified, and where for a while no
+    tree is grown at all.
 
     It remembers two numbers: how many of the expected tokens came true, and the milliseconds a token takes.
     """
@@ -62,14 +65,18 @@ class Budget:
         self.costs, self.tree, self.contemplates = costs, tree, contemplates
         self._came = self._expected = PRIOR
         self._promised = 0.0
+        self._tried, self._left, self._rest = 0, 0, RESTS[0]
+        self._pace = self._plain = 1.0
         self.resize(batch_size)
-        self._pace = between(costs.verify, batch_size) / batch_size
 
     def resize(self, batch_size: int) -> None:
-        """So many sequences go on."""
+        """So many sequences go on, for which a draft may pay more."""
         self.batch_size = batch_size
         self._level = between(self.costs.level, batch_size)
         self._commit = between(self.costs.commit, batch_size)
+        plain = between(self.costs.verify, batch_size) / batch_size
+        self._pace, self._plain = self._pace * plain / self._plain, plain
+        self._left, self._rest = min(self._left, RESTS[0]), RESTS[0]
         self._verify = torch.tensor(
             [
                 between(self.costs.verify, self.rows(n))
@@ -88,6 +95,21 @@ class Budget:
     def trust(self) -> float:
         """Accepted tokens for each one that the draft's probabilities promised."""
         return self._came / self._expected
+
+    def rests(self) -> bool:
+        """Whether the next round goes without a draft. Asked once a round: where rounds with one take longer for a
+        token than the target alone, none comes for a while, then a few are tried again."""
+        if self._left == 0 and self._tried >= TRIAL:
+            if self._pace > self._plain:
+                self._tried, self._pace = 0, self._plain
+                self._left, self._rest = self._rest, min(2 * self._rest, RESTS[1])
+            else:
+                self._rest = RESTS[0]
+        if self._left > 0:
+            self._left -= 1
+            return True
+        self._tried += 1
+        return False
 
     def deeper(self, scores: Float[Tensor, "B k"]) -> bool:
         """Whether a level below this frontier (log-probabilities from the root) is worth its time."""

@@ -1,12 +1,14 @@
 """Drafters: what proposes the tree that the target verifies.
 
 A drafter keeps its own state per batch and answers two calls: `commit` an accepted path, `grow` the next tree. The
-state shows one list, `lengths`, and can be truncated and narrowed like the target's cache. `TreeDrafter` runs the
-EAGLE-3 / ConFu network; `lookup.py` and `assistant.py` hold two drafters that need no training.
+state shows one list, `lengths`, and can be truncated and narrowed like the target's cache. `Drafting` is what the
+decode loop holds of both. `TreeDrafter` runs the EAGLE-3 / ConFu network; `lookup.py` and `assistant.py` hold two
+drafters that need no training.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,7 +28,7 @@ from confu.host import upload
 from confu.layers import Turn
 from confu.rows import rows
 from confu.target import Target
-from confu.tree import Candidates, Frontier, Tree, take
+from confu.tree import Candidates, Frontier, Tree, root_only, take
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,18 @@ class Accepted:
     """Index, among the M rows, of the token that f follows."""
     keeps_future: bool = False
     """Nothing contemplated, but the f that the last tree grew from serves these rows, and the next tree, too."""
+
+    def select(self, sequences: list[int]) -> Accepted:
+        """Of a round without a draft, the rows of these sequences."""
+        counts = [self.counts[i] for i in sequences]
+        return Accepted(self.tokens[sequences], counts, self.next_tokens[sequences], self.features[sequences])
+
+
+def joined(rounds: Sequence[Accepted]) -> Accepted:
+    """Rounds without a draft as one stretch: one token each, no f."""
+    batch = len(rounds[0].counts)
+    tokens, features = (torch.cat([getattr(r, name) for r in rounds], dim=1) for name in ("tokens", "features"))
+    return Accepted(tokens, [len(rounds)] * batch, rounds[-1].next_tokens, features)
 
 
 @runtime_checkable
@@ -85,6 +99,41 @@ def check_fit(config: DraftConfig, target: Target) -> None:
                 f"This draft was trained for a target with {what} {ours}, but the target has {theirs}; "
                 f"use its own target ({config.target}) or train a draft for this one."
             )
+
+
+class Drafting:
+    """A drafter at work: its state, and, where a budget says that drafts do not pay, the rounds that it has not read
+    yet. It reads them all at once when they are to pay again."""
+
+    def __init__(self, drafter: Drafter, state: DraftState, tree: TreeConfig, budget: Budget | None) -> None:
+        self.drafter, self.state, self.tree, self.budget = drafter, state, tree, budget
+        self.rests = False
+        self._unread: list[Accepted] = []
+
+    def commit(self, accepted: Accepted) -> None:
+        if self.rests:
+            self._unread.append(accepted)
+        else:
+            self.drafter.commit(self.state, accepted)
+            if self.budget is not None:
+                self.budget.note(sum(accepted.counts) - len(accepted.counts))
+
+    def select(self, sequences: list[int]) -> None:
+        """Go on with these sequences of the batch."""
+        self.state.select(sequences)
+        self._unread = [accepted.select(sequences) for accepted in self._unread]
+        if self.budget is not None:
+            self.budget.resize(len(sequences))
+
+    def grow(self, roots: Int[Tensor, " B"]) -> Tree:
+        """The next trees; the roots alone while the drafter rests."""
+        self.rests = self.budget is not None and self.budget.rests()
+        if self.rests:
+            return root_only(roots)
+        if self._unread:
+            self.drafter.commit(self.state, joined(self._unread))
+            self._unread = []
+        return self.drafter.grow(self.state, self.tree, self.budget)
 
 
 class TreeState:

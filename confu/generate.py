@@ -22,7 +22,7 @@ from confu.cache import KVCache
 from confu.config import SamplingConfig, TreeConfig
 from confu.contemplate import Contemplation
 from confu.costs import Budget, Costs
-from confu.drafter import Accepted, Drafter
+from confu.drafter import Accepted, Drafter, Drafting
 from confu.host import upload
 from confu.stats import Stats
 from confu.target import Target, Verified
@@ -154,16 +154,15 @@ class Decoder:
 
         # 1. prefill: all prompt tokens but the last, which is the root of the first, undrafted tree
         router_state = self._prefill(session, prompts, sampling.max_new_tokens, stats, on_prefill)
-        cache, state = session.cache, session.state
+        cache, drafting = session.cache, self._drafting(session.state, len(prompts))
         assert cache is not None
         tree = root_only(self._tensor([prompt[-1] for prompt in prompts]))
-        budget = self._budget(len(prompts))
         age: int | None = None  # rounds since the f that the drafter reads was made
 
         while True:
             # 2. verify the tree in one pass, contemplate rows riding along, walk down the drawn tokens, keep their path
             clock = time.perf_counter()
-            num_con = self._num_con(tree, age)
+            num_con = 0 if drafting is None or drafting.rests else self._num_con(tree, age)
             verified = self.target.verify(cache, tree, self._contemplation, num_con=num_con, router_state=router_state)
             drawn = running.sampler.draw(verified.logits, tree, running.seen)
             step = walk(tree, drawn, verified.logits)
@@ -175,10 +174,10 @@ class Decoder:
             round_tokens = tree.tokens.gather(1, step.path)  # [B, M]
             features = take(verified.features, step.path)
             router_state = take(features, step.last)[:, 0]
-            if self.drafter is not None:
+            if drafting is not None:
                 keeps = num_con == 0 and age is not None
-                self.drafter.commit(state, _accepted(round_tokens, step, features, verified, keeps_future=keeps))
-                age = 0 if num_con else None if age is None else age + 1
+                drafting.commit(_accepted(round_tokens, step, features, verified, keeps_future=keeps))
+                age = 0 if num_con else None if age is None or drafting.rests else age + 1
             running.note_cached(session, step, round_tokens)
             draft_seconds = time.perf_counter() - clock
 
@@ -189,8 +188,6 @@ class Decoder:
                 stats.draft_seconds += draft_seconds
             tokens = running.emit(step, is_round=is_round)
             del verified  # its logits are the largest part of a round
-            if budget is not None:
-                budget.note(sum(step.counts) - len(step.counts))
             stats.wall_seconds = time.perf_counter() - began
             if not is_round:
                 stats.prefill_seconds = stats.wall_seconds
@@ -206,18 +203,19 @@ class Decoder:
                 cache.select(alive)
                 session.tokens = [session.tokens[i] for i in alive]
                 router_state = router_state[alive]
-                if state is not None:
-                    state.select(alive)
-                if budget is not None:
-                    budget.resize(len(alive))
+                if drafting is not None:
+                    drafting.select(alive)
             clock = time.perf_counter()
-            tree = self.drafter.grow(state, self.tree, budget) if self.drafter else root_only(bonus)
+            tree = drafting.grow(bonus) if drafting is not None else root_only(bonus)
             stats.draft_seconds += time.perf_counter() - clock
 
-    def _budget(self, batch_size: int) -> Budget | None:
-        if self.costs is None or self.drafter is None:
+    def _drafting(self, state: Any, batch_size: int) -> Drafting | None:
+        if self.drafter is None:
             return None
-        return Budget(self.costs, self.tree, batch_size, contemplates=self._contemplation is not None)
+        budget = None
+        if self.costs is not None:
+            budget = Budget(self.costs, self.tree, batch_size, contemplates=self._contemplation is not None)
+        return Drafting(self.drafter, state, self.tree, budget)
 
     @property
     def _contemplation(self) -> Contemplation | None:

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from confu.config import SamplingConfig, TreeConfig
-from confu.costs import Costs
+from confu.costs import RESTS, TRIAL, Costs
 from confu.drafter import Accepted, TreeDrafter
-from confu.generate import Decoder, _accepted
+from confu.generate import Decoder, Session, _accepted
 from confu.stats import Stats
 from confu.target import Target, Verified
 from confu.tree import from_parents
@@ -124,7 +124,7 @@ def test_a_future_that_is_kept_serves_later_rows(model, drafts, drafters, method
 @pytest.mark.parametrize("method", CONFU)
 def test_rounds_that_draft_nothing_contemplate_once_in_l(model, target, drafts, method):
     recorder = Recorder(drafts[method], target)
-    dear = Costs(((1, 10.0), (2, 1e6)), ((1, 1e6),), ((1, 1.0),))
+    dear = Costs(((1, 10.0), (2, 1e6)), ((1, 1e6),), ((1, 0.0),))  # a draft alone costs nothing: it need not rest
     prompts = [(5, 6, 7), (1,), (9, 9, 2, 4)]
     answers = Decoder(target, recorder, costs=dear).generate(prompts, SamplingConfig(max_new_tokens=20))
     assert [answer.token_ids for answer in answers] == [naive.greedy(model, prompt, 20) for prompt in prompts]
@@ -132,6 +132,34 @@ def test_rounds_that_draft_nothing_contemplate_once_in_l(model, target, drafts, 
     contemplated = [number for number, accepted in enumerate(rounds) if accepted.future is not None]
     assert contemplated == [0, 8, 16]  # l = 8
     assert all(accepted.keeps_future == (accepted.future is None) for accepted in rounds)
+
+
+@pytest.mark.parametrize("method", ["eagle3", "confu-head"])
+def test_a_drafter_rests_where_it_does_not_pay(model, target, drafts, method):
+    """Then it reads all that was said meanwhile, of the sequences that go on."""
+    recorder = Recorder(drafts[method], target)
+    dear = Costs(((1, 10.0), (2, 1e6)), ((1, 1e6),), ((1, 1.0),))
+    prompts, counts = [(5, 6, 7), tuple(i % 50 for i in range(naive.CONTEXT - 12)), (9, 9, 2, 4)], [40, 12, 40]
+    session = Session()
+    decoder = Decoder(target, recorder, costs=dear)
+    answers = decoder.generate(prompts, SamplingConfig(max_new_tokens=40), session=session)
+    expected = [naive.greedy(model, prompt, count) for prompt, count in zip(prompts, counts, strict=True)]
+    assert [answer.token_ids for answer in answers] == expected
+    rounds = recorder.accepted[1:]
+    # the root, a trial, a rest in the middle of which a sequence ends, a trial, a rest of twice as many
+    read = [1, *[1] * TRIAL, RESTS[0], *[1] * TRIAL, RESTS[0], *[1] * TRIAL, 2 * RESTS[0]]
+    assert [accepted.counts[0] for accepted in rounds] == read[: len(rounds)]
+    assert len(rounds) > 2 * TRIAL + 3
+    assert [len(accepted.counts) for accepted in rounds] == [3] * (1 + TRIAL) + [2] * (len(rounds) - 1 - TRIAL)
+    if method == "confu-head":  # f is of no use behind a rest, and made anew at once
+        after = [n + 1 for n, accepted in enumerate(rounds[:-1]) if accepted.counts[0] > 1]
+        assert all(rounds[n].future is not None and not rounds[n - 1].keeps_future for n in after)
+        assert all(rounds[n - 1].future is None for n in after)
+    whole = [(*prompts[row], *answers[row].token_ids) for row in (0, 2)]
+    shown = [tokens[: length + 1] for tokens, length in zip(whole, session.state.lengths, strict=True)]
+    check_draft_cache(session.state, naive.NaiveDraft(drafts[method], model), model, shown)
+    again = decoder.generate(whole, SamplingConfig(max_new_tokens=5), session=session)  # as the next turn would
+    assert [answer.token_ids for answer in again] == [naive.greedy(model, tokens, 5) for tokens in whole]
 
 
 @pytest.mark.parametrize("method", ["confu", "confu-kv"])

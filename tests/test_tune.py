@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from confu import tune
 from confu.config import SamplingConfig, TreeConfig, TreeOptions
-from confu.costs import GRAIN, Budget, Costs, between
+from confu.costs import GRAIN, TRIAL, Budget, Costs, between
 from confu.generate import Decoder
 from confu.load import use_tuning
 from confu.lookup import Lookup
@@ -74,6 +74,29 @@ def test_deeper_weighs_what_the_frontier_promises():
         budget.note(0)
     assert budget.trust < 0.2  # promises that never come true
     assert not budget.deeper(torch.tensor([[-0.5, -1.5]]))
+
+
+def test_rests_double_until_drafts_pay_again():
+    budget = Budget(Costs(((1, 10.0),), ((1, 1.0),), ((1, 2.0),)), TreeConfig(nodes=8), 1, contemplates=False)
+    nothing, much = torch.full((1, 7), -20.0), torch.full((1, 7), -0.5)
+
+    def rounds(count: int, scores: torch.Tensor) -> str:
+        """r for a round without a draft, d for one with."""
+        said = ""
+        for _ in range(count):
+            said += "r" if budget.rests() else "d"
+            if said[-1] == "d":
+                budget.nodes(scores, 1)
+                budget.note(0 if scores is nothing else 3)
+        return said
+
+    trial = "d" * TRIAL
+    rests = "".join(trial + "r" * count for count in (8, 16, 32, 64, 64))
+    assert rounds(len(rests), nothing) == rests
+    assert rounds(100, much) == "d" * 100
+    again = rounds(100, nothing)
+    assert again.startswith(trial)  # judged by what several rounds cost, not by one
+    assert again.lstrip("d").startswith("r" * 8 + trial + "r" * 16 + trial)
 
 
 @pytest.mark.parametrize("costs", [FREE, DEAR, Costs(((1, 20.0), (16, 25.0)), ((1, 1.5), (4, 2.0)), ((1, 3.0),))])
