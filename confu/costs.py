@@ -10,6 +10,7 @@ Shapes: B batch, M candidates, k frontier nodes.
 from __future__ import annotations
 
 import bisect
+import math
 from dataclasses import dataclass
 
 import torch
@@ -111,9 +112,15 @@ class Budget:
         self._tried += 1
         return False
 
+    @property
+    def least(self) -> float:
+        """Tokens that a frontier has to promise for a level below it to be worth its time."""
+        each = self.trust * CHILDREN * self._pace
+        return self._level / each if each > 0 else math.inf
+
     def deeper(self, scores: Float[Tensor, "B k"]) -> bool:
         """Whether a level below this frontier (log-probabilities from the root) is worth its time."""
-        return self.trust * CHILDREN * scores.exp().sum().item() * self._pace > self._level
+        return scores.exp().sum().item() > self.least
 
     def nodes(self, scores: Float[Tensor, "B M"], depth: int) -> int:
         """Nodes to verify, the root included, of trees ``depth`` levels deep whose candidates have these scores, best

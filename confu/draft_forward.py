@@ -15,7 +15,8 @@ from torch import Tensor
 from confu.attention import Attention
 from confu.cache import KVCache
 from confu.draft import DraftModel, normed_states
-from confu.layers import DraftLayer, LayerWeights, Turn, serves
+from confu.draft_native import NativeDraft
+from confu.layers import LayerWeights, Turn, serves
 from confu.linear import USUAL_ROWS, fast_quantization, fused, product
 from confu.rows import rows
 from confu.tree import take
@@ -51,7 +52,15 @@ class DraftForward:
         self._looks = None
         if draft.contemplation is not None and self.config.future_is("head"):
             self._looks = product(draft.contemplation.future_heads.flatten(0, 1), quantization=quantization)
-        self._at_once = DraftLayer.of(self._layer, self._hidden_norm, residual_normed=self.config.norm_before_residual)
+        self.native = NativeDraft.of(
+            self._layer,
+            self._head,
+            self._hidden_norm,
+            self._norm,
+            self.target_ids,
+            residual_normed=self.config.norm_before_residual,
+        )
+        """Compiled, where it can be."""
 
     def fuse(self, features: Float[Tensor, "B R D3"]) -> Float[Tensor, "B R D"]:
         return self._fc(features)
@@ -114,8 +123,8 @@ class DraftForward:
         batch, num_rows, _ = hidden.shape
         whole = last is None or batch * num_rows <= USUAL_ROWS
         attend = self._attention(mask.expand(-1, num_rows, -1) if whole else mask)
-        if whole and self._at_once is not None and serves(attend, cache):
-            out = self._at_once(embedding, hidden, turn, attend, cache)
+        if whole and self.native is not None and serves(attend, cache):
+            out = self.native.layer(embedding, hidden, turn, attend, cache)
         else:
             queries, keys, values = self.project(embedding, hidden, third, turn)
             if last is not None and not whole:

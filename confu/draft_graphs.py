@@ -47,8 +47,7 @@ class GraphGrowth:
         if budget is None:
             kept = (tensor.clone() for tensor in found)  # the next replay writes the same tensors
             return Tree(*kept, height=min(config.depth, config.nodes - 1))
-        candidates = Candidates()
-        candidates.tokens, candidates.parents, candidates.scores = (found[part::3] for part in range(3))
+        candidates = Candidates.of([tuple(found[at : at + 3]) for at in range(0, len(found), 3)])
         return candidates.prune(state.root, config.nodes, budget)
 
 

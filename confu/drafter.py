@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from confu.cache import KVCache
 from confu.config import DraftConfig, TreeConfig
@@ -26,7 +26,7 @@ from confu.draft_graphs import GraphGrowth
 from confu.graphs import GraphForward
 from confu.host import upload
 from confu.layers import Turn
-from confu.rows import rows
+from confu.rows import MOST_ROWS, rows
 from confu.target import Target
 from confu.tree import Candidates, Frontier, Tree, root_only, take
 
@@ -170,6 +170,10 @@ class TreeDrafter:
         self.name, self.config = draft.config.method, draft.config
         self.forward, self.target = DraftForward(draft, target.quantization), target
         self.contemplation = self.forward.contemplation
+        embedding: Any = target.model.get_input_embeddings()
+        self._embeddings: Tensor = embedding.weight
+        self.native = self.forward.native if _is_table(target) else None
+        """Grows trees in one compiled call, where that can be."""
         self._recorded: GraphGrowth | None = None
         if isinstance(target.forward_rows, GraphForward) and draft.config.rope_parameters["rope_type"] != "dynamic":
             self._recorded = GraphGrowth(self._candidates, target.forward_rows.record)
@@ -241,16 +245,21 @@ class TreeDrafter:
     def _candidates(self, state: TreeState, config: TreeConfig, budget: Budget | None = None) -> Candidates:
         cache = state.cache
         batch, device = len(state.lengths), state.root.device
-        candidates, topk = Candidates(), config.topk
+        candidates, topk = Candidates(), min(config.topk, self.config.draft_vocab_size)
         zeros = torch.zeros(batch, 1, device=device)
         out = state.out[:, None]  # [B, 1, Df]
         levels = torch.arange(config.depth, device=device)
         ahead = self.forward.ahead(state.looked, state.lag + levels)
+        turn = self.forward.turn(out, cache.lengths_tensor()[:, None] + levels)  # [B, depth, head]
+        if self.native is not None and batch * topk <= MOST_ROWS:
+            least = -1.0 if budget is None else budget.least
+            shape = {"topk": topk, "with_soft": state.has_slot, "least": least}
+            return Candidates.of(self.native.grow(self._embeddings, cache, state.out, ahead, turn, **shape))
+        cos, sin = turn
         frontier = candidates.add_level(self._children(out, ahead, 0, topk), zeros, zeros.long() - 1)
         width = frontier.tokens.shape[1]
         itself = torch.eye(width, dtype=torch.bool, device=device).expand(batch, -1, -1)
         reach = itself[:, :, :0]  # which drafted rows each frontier row sees; grows by one level a step
-        cos, sin = self.forward.turn(out, cache.lengths_tensor()[:, None] + levels)  # [B, depth, head]
 
         for level in range(config.depth - 1):
             if budget is not None and not budget.deeper(frontier.scores):
@@ -288,5 +297,12 @@ class TreeDrafter:
     ) -> tuple[Float[Tensor, "B R k"], Int[Tensor, "B R k"]]:
         """Log-probabilities and token ids of the best children of each row of a level."""
         logits = self.forward.logits(out, None if ahead is None else ahead[:, level : level + 1])
-        best, ids = rows().best(logits, min(topk, logits.shape[2]))
+        best, ids = rows().best(logits, topk)
         return best, self.forward.target_ids[ids]
+
+
+def _is_table(target: Target) -> bool:
+    """Whether the target's input embeddings are rows of a matrix, and nothing is done to them."""
+    embedding = target.model.get_input_embeddings()
+    weight: Any = embedding.weight
+    return type(embedding) is nn.Embedding and weight.dtype == torch.bfloat16 and weight.is_contiguous()

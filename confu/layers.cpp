@@ -2,55 +2,12 @@
 // tiles: the functions of rows.cpp, attention.cpp and products.cpp in the order of llama.py and draft_forward.py, with nothing
 // of Python between them.
 
-#include <cstdint>
+#include "layers.h"
+
 #include <cstring>
 #include <vector>
 
-extern "C" {
-void add_norm_bf16(const uint16_t*, const uint16_t*, const uint16_t*, uint16_t*, uint16_t*, int64_t, int64_t, float);
-void rotate_bf16(const uint16_t*, const uint16_t*, const uint16_t*, const uint16_t*, uint16_t*, uint16_t*, uint16_t*,
-                 const int64_t*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float);
-void gate_bf16(const uint16_t*, uint16_t*, int64_t, int64_t);
-void attention_bf16(const uint16_t*, const uint16_t*, const uint16_t*, const uint8_t*, uint16_t*, int64_t, int64_t, int64_t,
-                    int64_t, int64_t, int64_t, int64_t, int64_t, float);
-void tile_product(const uint16_t*, const uint8_t*, const float*, const float*, uint16_t*, int64_t, int64_t, int64_t, int64_t);
-}
-
 namespace {
-
-struct Product {
-    const uint8_t* weight;
-    const float *scales, *bias;  // scales of int8
-    int64_t inputs, outputs, bits;
-
-    void operator()(const uint16_t* x, uint16_t* out, int64_t rows) const {
-        tile_product(x, weight, scales, bias, out, rows, inputs, outputs, bits);
-    }
-};
-
-struct Layer {
-    Product qkv, out, gate_up, down;
-    const uint16_t *attention_norm, *mlp_norm, *head_norms;
-};
-
-struct Shape {
-    int64_t layers, batch, rows, width, heads, groups, head_dim, slots, num_keys, num_captured;
-    float eps, scale;
-};
-
-// Where the rows of a layer stand: what turns them, whom they see, where their keys and values go and are read from.
-struct Place {
-    const uint16_t *cos, *sin;
-    const uint8_t* mask;
-    uint16_t *keys, *values;
-    const uint16_t *read_keys, *read_values;
-    const int64_t* first_slots;
-
-    Place of_layer(int64_t i, const Shape& s) const {
-        const int64_t by = i * s.batch * s.groups * s.slots * s.head_dim;
-        return {cos, sin, mask, keys + by, values + by, read_keys + by, read_values + by, first_slots};
-    }
-};
 
 // Working memory of one call, n rows: each part is taken once.
 class Memory {
@@ -127,20 +84,21 @@ extern "C" void layers_bf16(const Layer* layers, const Shape* shape, const Place
 
 // The layer of a draft: its projections read the normed embeddings beside the normed hidden states, it adds to the latter
 // (normed, where residual_normed) -> out [batch, rows, width]
-extern "C" void draft_layer_bf16(const Layer* layer, const Shape* shape, const Place* place, const uint16_t* hidden_norm,
-                                 int64_t residual_normed, const uint16_t* embeddings, const uint16_t* hidden, uint16_t* out) {
+extern "C" void draft_layer_bf16(const Draft* draft, const Shape* shape, const Place* place, const uint16_t* embeddings,
+                                 const uint16_t* hidden, uint16_t* out) {
     const Shape& s = *shape;
+    const Layer& layer = draft->layer;
     const int64_t n = s.batch * s.rows;
-    Memory memory(n, 6 * s.width + Work::width(s, *layer));
+    Memory memory(n, 6 * s.width + Work::width(s, layer));
     uint16_t *row = memory.take(2 * s.width), *first = memory.take(s.width), *second = memory.take(s.width);
     uint16_t *between = memory.take(s.width), *delta = memory.take(s.width);
-    Work work(s, *layer, memory);
-    add_norm_bf16(embeddings, nullptr, layer->attention_norm, nullptr, first, n, s.width, s.eps);
-    add_norm_bf16(hidden, nullptr, hidden_norm, nullptr, second, n, s.width, s.eps);
+    Work work(s, layer, memory);
+    add_norm_bf16(embeddings, nullptr, layer.attention_norm, nullptr, first, n, s.width, s.eps);
+    add_norm_bf16(hidden, nullptr, draft->hidden_norm, nullptr, second, n, s.width, s.eps);
     for (int64_t i = 0; i < n; i++) {
         std::memcpy(row + 2 * i * s.width, first + i * s.width, s.width * 2);
         std::memcpy(row + (2 * i + 1) * s.width, second + i * s.width, s.width * 2);
     }
-    work.run(*layer, row, residual_normed ? second : hidden, *place, between, delta);
+    work.run(layer, row, draft->residual_normed ? second : hidden, *place, between, delta);
     add_norm_bf16(between, delta, nullptr, out, nullptr, n, s.width, s.eps);
 }

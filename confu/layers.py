@@ -1,8 +1,8 @@
-"""All layers of a Llama-like target, or the one of a draft, in one compiled call, where every weight lies in tiles
-(`linear.py`) and rows are few: between so many short functions, what Python does would take a third of the time.
+"""All layers of a Llama-like target in one compiled call, where every weight lies in tiles (`linear.py`) and
+rows are few: between some two hundred short functions, what Python does would take a third of the time.
 
-`LlamaForward` and `DraftForward` compute the same, one function after the other, and are what this is tested against,
-bit for bit.
+`LlamaForward` computes the same, one function after the other, and is what this is tested against, bit for bit. A
+draft's layer and trees are compiled from the same parts (`draft_native.py`).
 
 Shapes: B batch, R rows, D hidden width, A captured layers.
 """
@@ -32,25 +32,25 @@ PLACE = ("cos", "sin", "mask", "keys", "values", "read_keys", "read_values", "fi
 # fmt: on
 
 
-class _Product(ctypes.Structure):
+class ProductStruct(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "scales", "bias")),
         *((name, ctypes.c_int64) for name in ("inputs", "outputs", "bits")),
     )
 
 
-class _Layer(ctypes.Structure):
+class LayerStruct(ctypes.Structure):
     _fields_ = (
-        *((name, _Product) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, ProductStruct) for name in ("qkv", "out", "gate_up", "down")),
         *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "head_norms")),
     )
 
 
-class _Shape(ctypes.Structure):
+class ShapeStruct(ctypes.Structure):
     _fields_ = (*((name, ctypes.c_int64) for name in SIZES), ("eps", ctypes.c_float), ("scale", ctypes.c_float))
 
 
-class _Place(ctypes.Structure):
+class PlaceStruct(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_void_p) for name in PLACE)
 
 
@@ -76,14 +76,14 @@ class Layers:
     """The layers of a target and its last norm. Keeps pointers: ``layers`` and ``norm`` have to live as long."""
 
     def __init__(self, layers: Sequence[LayerWeights], norm: Tensor) -> None:
-        self._function, self._layers, self._norm = _function("layers_bf16"), layers, norm
-        self._packed = (_Layer * len(layers))(*map(_packed, layers))
+        self._function, self._layers, self._norm = compiled("layers_bf16", 8), layers, norm
+        self._packed = (LayerStruct * len(layers))(*map(packed_layer, layers))
 
     @classmethod
     def of(cls, layers: Sequence[LayerWeights], norm: Tensor, eps: float) -> Layers | None:
         """None where a weight is kept in another way, or layers differ in what is told once for all."""
         alike = all(layer.eps == eps for layer in layers)
-        return cls(layers, norm) if alike and _plain(norm) and all(map(_in_tiles, layers)) else None
+        return cls(layers, norm) if alike and plain(norm) and all(map(in_tiles, layers)) else None
 
     def __call__(
         self,
@@ -98,44 +98,10 @@ class Layers:
         batch, rows, width = embeddings.shape
         embeddings, named = embeddings.contiguous(), torch.tensor(captured)
         final, states = torch.empty_like(embeddings), embeddings.new_empty(batch, rows, len(captured) * width)
-        call = _Call(self._layers[0], embeddings, turn, attend, cache, len(self._layers), len(captured))
+        call = Call(self._layers[0], embeddings, turn, attend, cache, len(self._layers), len(captured))
         tensors = (self._norm, embeddings, named, states, final)
-        self._function(self._packed, *call.pointers, *map(_pointer, tensors))
+        self._function(self._packed, *call.pointers, *map(pointer, tensors))
         return final, states
-
-
-class DraftLayer:
-    """The layer of a draft: its projections read normed embeddings beside normed hidden states. Keeps pointers."""
-
-    def __init__(self, layer: LayerWeights, hidden_norm: Tensor, *, residual_normed: bool) -> None:
-        self._function, self._layer, self._hidden_norm = _function("draft_layer_bf16"), layer, hidden_norm
-        self._packed, self._residual_normed = _packed(layer), residual_normed
-
-    @classmethod
-    def of(cls, layer: LayerWeights, hidden_norm: Tensor, *, residual_normed: bool) -> DraftLayer | None:
-        """None where a weight is kept in another way, or the projections read still more."""
-        if not (_plain(hidden_norm) and _in_tiles(layer) and layer.qkv.num_inputs == 2 * len(hidden_norm)):
-            return None
-        return cls(layer, hidden_norm, residual_normed=residual_normed)
-
-    def __call__(
-        self,
-        embeddings: Float[Tensor, "B R D"],
-        hidden: Float[Tensor, "B R D"],
-        turn: Turn,
-        attend: Attention,
-        cache: KVCache,
-    ) -> Float[Tensor, "B R D"]:
-        """What leaves the layer, its hidden states when they are recycled."""
-        embeddings, hidden = embeddings.contiguous(), hidden.contiguous()
-        out = torch.empty_like(hidden)
-        call = _Call(self._layer, hidden, turn, attend, cache)
-        tensors = (embeddings, hidden, out)
-        self._function(
-            ctypes.byref(self._packed), *call.pointers, _pointer(self._hidden_norm), self._residual_normed,
-            *map(_pointer, tensors),
-        )  # fmt: skip
-        return out
 
 
 def serves(attend: Attention, cache: KVCache) -> bool:
@@ -143,7 +109,7 @@ def serves(attend: Attention, cache: KVCache) -> bool:
     return attend.tiled is not None and cache.dtype == torch.bfloat16 and cache.keys.is_contiguous()
 
 
-class _Call:
+class Call:
     """What a call is told of its rows beside their states; it keeps the tensors that ``pointers`` lead to."""
 
     def __init__(
@@ -160,43 +126,44 @@ class _Call:
         opened = cache.opened(0)
         turn = turn[0].expand(batch, -1, -1).contiguous(), turn[1].expand(batch, -1, -1).contiguous()
         self._tensors = (*turn, attend.mask, cache.keys, cache.values, *opened, cache.first_slots)
-        shape = _Shape(
+        shape = ShapeStruct(
             num_layers, batch, rows, width, like.num_heads, like.num_groups, like.head_dim, cache.keys.shape[3],
             opened[0].shape[2], num_captured, like.eps, scale(like.head_dim),
         )  # fmt: skip
-        self.pointers = ctypes.byref(shape), ctypes.byref(_Place(*map(_pointer, self._tensors)))
+        self.pointers = ctypes.byref(shape), ctypes.byref(PlaceStruct(*map(pointer, self._tensors)))
 
 
-def _function(name: str) -> Callable[..., None]:
-    function = tiles_function(name, [ctypes.c_void_p] * 8)
+def compiled(name: str, num_pointers: int, returns: type | None = None) -> Callable[..., Any]:
+    function = tiles_function(name, [ctypes.c_void_p] * num_pointers, returns)
     assert function is not None
     return function
 
 
-def _in_tiles(layer: LayerWeights) -> bool:
+def in_tiles(layer: LayerWeights) -> bool:
     norms = (layer.attention_norm, layer.mlp_norm, layer.head_norms)
     products = (layer.qkv, layer.out, layer.gate_up, layer.down)
-    return all(map(_plain, norms)) and all(map(_by_tiles, products))
+    return all(map(plain, norms)) and all(map(by_tiles, products))
 
 
-def _plain(norm: Tensor | None) -> bool:
+def plain(norm: Tensor | None) -> bool:
     return norm is None or norm.dtype == torch.bfloat16
 
 
-def _by_tiles(product: Any) -> bool:
+def by_tiles(product: Any) -> bool:
     return isinstance(product, TileProduct) or (isinstance(product, Int8Product) and product.by_tiles)
 
 
-def _packed(layer: LayerWeights) -> _Layer:
-    def packed(product: Any) -> _Product:
-        pointers = map(_pointer, (product.weight, product.scales, product.bias))
-        return _Product(*pointers, product.num_inputs, product.num_outputs, product.bits)
-
-    return _Layer(
-        *map(packed, (layer.qkv, layer.out, layer.gate_up, layer.down)),
-        *map(_pointer, (layer.attention_norm, layer.mlp_norm, layer.head_norms)),
+def packed_layer(layer: LayerWeights) -> LayerStruct:
+    return LayerStruct(
+        *map(packed_product, (layer.qkv, layer.out, layer.gate_up, layer.down)),
+        *map(pointer, (layer.attention_norm, layer.mlp_norm, layer.head_norms)),
     )
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
+def packed_product(product: Any) -> ProductStruct:
+    pointers = map(pointer, (product.weight, product.scales, product.bias))
+    return ProductStruct(*pointers, product.num_inputs, product.num_outputs, product.bits)
+
+
+def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()

@@ -1,5 +1,5 @@
-"""The compiled functions of `rows.cpp`, `attention.cpp`, `products.cpp` and `layers.cpp`: built on first use, in a few
-seconds, where there is a C++ compiler, and kept in the user's cache.
+"""The compiled functions of `rows.cpp`, `attention.cpp`, `products.cpp`, `layers.cpp` and `growth.cpp`: built on first
+use, in a few seconds, where there is a C++ compiler, and kept in the user's cache.
 
 They use OpenMP where the process has its functions already: torch's, and so torch's own threads.
 """
@@ -25,8 +25,9 @@ from confu.models import cache_dir
 
 logger = logging.getLogger(__name__)
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.cpp", "attention.cpp", "products.cpp", "layers.cpp"))
-HEADER = Path(__file__).with_name("tiles.h")
+NAMES = ("rows.cpp", "attention.cpp", "products.cpp", "layers.cpp", "growth.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in NAMES)
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("tiles.h", "layers.h"))
 
 
 @functools.cache
@@ -60,7 +61,7 @@ def build(*more: str) -> Path:
         raise FileNotFoundError("there is no C++ compiler (c++, g++, clang++, or what CXX names)")
     native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
     options = ["-O3", "-ffast-math", "-fPIC", native, *more]
-    texts = [source.read_text(encoding="utf-8") for source in (*SOURCES, HEADER)]
+    texts = [source.read_text(encoding="utf-8") for source in (*SOURCES, *HEADERS)]
     identity = "\n".join([compiler, *options, _processor(), *texts])
     kept = cache_dir() / "native" / f"functions-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if kept.exists():

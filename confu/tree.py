@@ -8,6 +8,7 @@ Shapes: B batch, N nodes, k top-k.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +96,16 @@ class Candidates:
         self.scores: list[Tensor] = []
         self.num = 0
 
+    @classmethod
+    def of(cls, levels: Sequence[tuple[Int[Tensor, "B _"], Int[Tensor, "B _"], Float[Tensor, "B _"]]]) -> Candidates:
+        """Found elsewhere: token ids, parents and scores of each level."""
+        candidates = cls()
+        for tokens, parents, scores in levels:
+            candidates.tokens.append(tokens)
+            candidates.parents.append(parents)
+            candidates.scores.append(scores)
+        return candidates
+
     def add_level(
         self,
         children: tuple[Float[Tensor, "B F k"], Int[Tensor, "B F k"]],
@@ -113,7 +124,8 @@ class Candidates:
         self.tokens.append(tokens)
         self.scores.append(path_scores)
         self.parents.append(parents.repeat_interleave(topk, dim=1))
-        kept, where = path_scores.topk(topk, dim=1)
+        order = path_scores.sort(dim=1, descending=True, stable=True)  # of equal ones the first
+        kept, where = order.values[:, :topk], order.indices[:, :topk]
         frontier = Frontier(tokens.gather(1, where), kept, where // topk, where + self.num)
         self.num += tokens.shape[1]
         return frontier

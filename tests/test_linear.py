@@ -16,9 +16,6 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from confu import linear
-from confu.cache import KVCache
-from confu.config import DraftConfig
-from confu.draft import DraftModel
 from confu.draft_forward import DraftForward
 from confu.linear import (
     Int8Product,
@@ -34,7 +31,6 @@ from confu.llama import LlamaForward, is_llama_like
 from confu.load import pack, read_network
 from confu.memory import forget_mapped
 from confu.target import Target
-from confu.tree import take
 
 LLAMA_LIKE = ("Llama 3", "Llama 3, tied head", "Qwen2, Qwen2.5", "Qwen3", "Mistral")
 
@@ -373,45 +369,3 @@ def test_pages_of_mapped_weights_go_and_come_back(tmp_path):
     assert torch.equal(mapped, weight)  # read again from the file
     assert torch.equal(mapped.sum(), before[0])
     assert torch.equal(own, before[1])  # memory of our own is left alone
-
-
-@needs_tiles
-@pytest.mark.parametrize("method", ["eagle3", "confu"])
-@pytest.mark.parametrize("residual_normed", [False, True])
-@pytest.mark.parametrize("num_rows", [1, 7, 40])
-@pytest.mark.parametrize("with_soft", [False, True])
-def test_a_draft_layer_at_once_is_the_layer(method, residual_normed, num_rows, with_soft):
-    """Bit for bit, with all rows to their end or the last of each sequence alone, behind prefixes of other lengths."""
-    confu = {"num_soft_prompts": 1, "num_experts": 2, "top_experts": 1, "replication": 2}
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
-    vocabulary = {"vocab_size": 64, "draft_vocab_size": 32, "num_target_layers": 8, "feature_layers": (2, 4, 5)}
-    rope = {"max_position_embeddings": 96, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
-    options = {"norm_before_residual": residual_normed} | (confu if method == "confu" else {})
-    config = DraftConfig(method=method, target="tiny", head_dim=32, **sizes, **vocabulary, **rope, **options)
-    torch.manual_seed(0)
-    draft = DraftModel(config).to(torch.bfloat16)
-    forward, plain = DraftForward(draft), DraftForward(draft)
-    plain._at_once = None
-    function, calls = forward._at_once._function, []
-    forward._at_once._function = lambda *given: calls.append(given) or function(*given)
-
-    lengths, outs = [9, 6], []
-    embedding, hidden = (random(2, num_rows, 64, seed=seed).bfloat16() for seed in (1, 2))
-    last = torch.tensor([[num_rows - 1], [num_rows // 2]])
-    turn = forward.turn(hidden, torch.tensor(lengths)[:, None] + torch.arange(num_rows))
-    for engine in (forward, plain):
-        cache = KVCache(1, 2, 2, 64, 32, dtype=torch.bfloat16, device="cpu", num_soft=1)
-        cache.keys.copy_(random(*cache.keys.shape, seed=3))
-        cache.values.copy_(random(*cache.values.shape, seed=4))
-        cache.lengths = lengths
-        cache.open_rows(num_rows, with_soft=with_soft)
-        rows = torch.ones(num_rows, num_rows).tril().bool().expand(2, -1, -1)
-        soft = torch.ones(2, num_rows, dtype=torch.bool) if with_soft else False
-        mask = cache.row_mask(rows, with_soft=soft)
-        out = engine.layer(embedding, hidden, None, turn, mask, cache)
-        mask_of_last = mask.gather(1, last[:, :, None].expand(-1, -1, mask.shape[2]))
-        alone = engine.layer(embedding, hidden, None, turn, mask_of_last, cache, last)
-        torch.testing.assert_close(alone, take(out, last), rtol=0.02, atol=0.02)
-        outs.append((out, alone, cache.keys, cache.values))
-    assert len(calls) == (2 if 2 * num_rows <= linear.USUAL_ROWS else 1)
-    assert all(map(torch.equal, *outs))

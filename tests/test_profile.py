@@ -17,10 +17,11 @@ from confu.cache import KVCache
 from confu.commands.bench import PROFILED
 from confu.config import SamplingConfig, TreeConfig
 from confu.costs import Budget, Costs
+from confu.draft_native import NativeDraft
 from confu.drafter import TreeDrafter
 from confu.forward import ModelForward
 from confu.generate import Decoder
-from confu.layers import DraftLayer, Layers
+from confu.layers import Layers
 from confu.llama import LlamaForward
 from confu.rows import rows
 from confu.target import Target
@@ -31,7 +32,8 @@ PROMPT = [3, 1, 4, 1, 5]
 PLACES = [
     *((kind, "__call__") for kind in (linear.Product, linear.PackedProduct, linear.Int8Product, linear.TileProduct)),
     (Layers, "__call__"),
-    (DraftLayer, "__call__"),
+    (NativeDraft, "layer"),
+    (NativeDraft, "grow"),
     *((type(rows()), name) for name in ("add_norm", "rotate", "gate")),
     (Attention, "__call__"),
     (torch.nn.functional, "scaled_dot_product_attention"),

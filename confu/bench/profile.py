@@ -31,9 +31,10 @@ from confu.bench.tables import Table
 from confu.cache import KVCache
 from confu.config import BenchConfig, SamplingConfig
 from confu.costs import Budget
+from confu.draft_native import NativeDraft
 from confu.generate import Decoder
 from confu.host import wait
-from confu.layers import DraftLayer, Layers
+from confu.layers import Layers
 from confu.models import Progress
 from confu.pages.page import NONE, number
 from confu.rows import rows
@@ -217,7 +218,7 @@ def wrapped(decoder: Decoder, wrap: Wrap) -> Iterator[None]:
     named: list[tuple[str, Any, tuple[str, ...]]] = [
         (TARGET, Target, ("verify",)),
         (LAYERS, Layers, ("__call__",)),
-        (LAYERS, DraftLayer, ("__call__",)),
+        (LAYERS, NativeDraft, ("layer", "grow")),
         (ATTENTION, Attention, ("__call__",)),
         (ATTENTION, torch.nn.functional, ("scaled_dot_product_attention",)),  # of transformers' models
         (ROWS, type(rows()), ("add_norm", "rotate", "gate")),
