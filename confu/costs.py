@@ -23,8 +23,9 @@ CHILDREN = 0.5  # of what a frontier is expected to bring, the part that its chi
 WEIGHT = 0.9  # of the past, in what is remembered from round to round
 GRAIN = 4  # rows of a verification come in multiples of it: each number costs milliseconds, and memory, the first time
 PRIOR = 4.0  # tokens for which the draft's probabilities are believed before acceptance corrects them
-TRIAL = 4  # rounds with a draft before it is judged whether they pay
-RESTS = (8, 64)  # rounds without one where they do not: so many at first, twice as many each time, at most so many
+TRIAL = 8  # drafts, of all sequences together, before it is judged whether they pay
+GAIN = 0.9  # of the target's own time for a token, what one with a draft may take at most to be believed to pay
+RESTS = (16, 64)  # rounds without a draft where none pays: so many at first, twice as many each time, at most so many
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Budget:
         self._came = self._expected = PRIOR
         self._promised = 0.0
         self._tried, self._left, self._rest = 0, 0, RESTS[0]
-        self._pace = self._plain = 1.0
+        self._pace, self._plain = GAIN, 1.0
         self.resize(batch_size)
 
     def resize(self, batch_size: int) -> None:
@@ -98,18 +99,18 @@ class Budget:
         return self._came / self._expected
 
     def rests(self) -> bool:
-        """Whether the next round goes without a draft. Asked once a round: where rounds with one take longer for a
-        token than the target alone, none comes for a while, then a few are tried again."""
+        """Whether the next round goes without a draft. Asked once a round: where those with one gain too little over
+        the target alone, none comes for a while, then a few are tried again."""
         if self._left == 0 and self._tried >= TRIAL:
-            if self._pace > self._plain:
-                self._tried, self._pace = 0, self._plain
+            if self._pace > GAIN * self._plain:
+                self._tried, self._pace = 0, GAIN * self._plain
                 self._left, self._rest = self._rest, min(2 * self._rest, RESTS[1])
             else:
                 self._rest = RESTS[0]
         if self._left > 0:
             self._left -= 1
             return True
-        self._tried += 1
+        self._tried += self.batch_size
         return False
 
     @property

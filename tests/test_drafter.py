@@ -124,14 +124,13 @@ def test_a_future_that_is_kept_serves_later_rows(model, drafts, drafters, method
 @pytest.mark.parametrize("method", CONFU)
 def test_rounds_that_draft_nothing_contemplate_once_in_l(model, target, drafts, method):
     recorder = Recorder(drafts[method], target)
-    dear = Costs(((1, 10.0), (2, 1e6)), ((1, 1e6),), ((1, 0.0),))  # a draft alone costs nothing: it need not rest
-    prompts = [(5, 6, 7), (1,), (9, 9, 2, 4)]
-    answers = Decoder(target, recorder, costs=dear).generate(prompts, SamplingConfig(max_new_tokens=20))
-    assert [answer.token_ids for answer in answers] == [naive.greedy(model, prompt, 20) for prompt in prompts]
-    rounds = recorder.accepted[1:]
-    contemplated = [number for number, accepted in enumerate(rounds) if accepted.future is not None]
-    assert contemplated == [0, 8, 16]  # l = 8
-    assert all(accepted.keeps_future == (accepted.future is None) for accepted in rounds)
+    dear = Costs(((1, 10.0), (2, 1e6)), ((1, 1e6),), ((1, 1.0),))
+    [answer] = Decoder(target, recorder, costs=dear).generate([(5, 6, 7)], SamplingConfig(max_new_tokens=20))
+    assert answer.token_ids == naive.greedy(model, (5, 6, 7), 20)
+    trial = recorder.accepted[1 : 2 + TRIAL]  # then it rests
+    contemplated = [number for number, accepted in enumerate(trial) if accepted.future is not None]
+    assert contemplated == [0, 8]  # l = 8
+    assert all(accepted.keeps_future == (accepted.future is None) for accepted in trial)
 
 
 @pytest.mark.parametrize("method", ["eagle3", "confu-head"])
@@ -139,18 +138,17 @@ def test_a_drafter_rests_where_it_does_not_pay(model, target, drafts, method):
     """Then it reads all that was said meanwhile, of the sequences that go on."""
     recorder = Recorder(drafts[method], target)
     dear = Costs(((1, 10.0), (2, 1e6)), ((1, 1e6),), ((1, 1.0),))
-    prompts, counts = [(5, 6, 7), tuple(i % 50 for i in range(naive.CONTEXT - 12)), (9, 9, 2, 4)], [40, 12, 40]
+    prompts, counts = [(5, 6, 7), tuple(i % 50 for i in range(naive.CONTEXT - 12)), (9, 9, 2, 4)], [60, 12, 60]
     session = Session()
     decoder = Decoder(target, recorder, costs=dear)
-    answers = decoder.generate(prompts, SamplingConfig(max_new_tokens=40), session=session)
+    answers = decoder.generate(prompts, SamplingConfig(max_new_tokens=60), session=session)
     expected = [naive.greedy(model, prompt, count) for prompt, count in zip(prompts, counts, strict=True)]
     assert [answer.token_ids for answer in answers] == expected
     rounds = recorder.accepted[1:]
-    # the root, a trial, a rest in the middle of which a sequence ends, a trial, a rest of twice as many
-    read = [1, *[1] * TRIAL, RESTS[0], *[1] * TRIAL, RESTS[0], *[1] * TRIAL, 2 * RESTS[0]]
-    assert [accepted.counts[0] for accepted in rounds] == read[: len(rounds)]
-    assert len(rounds) > 2 * TRIAL + 3
-    assert [len(accepted.counts) for accepted in rounds] == [3] * (1 + TRIAL) + [2] * (len(rounds) - 1 - TRIAL)
+    # the root, a trial of three, a rest in the middle of which one ends, a trial of two, a rest, a trial, a rest
+    first, later = [1] * (TRIAL // 3 + 1), [1] * (TRIAL // 2)
+    assert [accepted.counts[0] for accepted in rounds] == [1, *first, RESTS[0], *later, RESTS[0], *later]
+    assert [len(accepted.counts) for accepted in rounds] == [3] * (1 + len(first)) + [2] * (2 + 2 * len(later))
     if method == "confu-head":  # f is of no use behind a rest, and made anew at once
         after = [n + 1 for n, accepted in enumerate(rounds[:-1]) if accepted.counts[0] > 1]
         assert all(rounds[n].future is not None and not rounds[n - 1].keeps_future for n in after)
