@@ -1,8 +1,8 @@
 """The cost model, trees sized by it, and what `confu tune` finds, keeps and hands to the other commands."""
 
 import json
-import math
 import logging
+import math
 from pathlib import Path
 
 import naive
