@@ -119,7 +119,7 @@ def test_candidates_by_one_call_are_those_level_by_level(target, method, lengths
     assert held[0][1] == held[1][1] == [length + 2 for length in lengths]
 
 
-@pytest.mark.parametrize(("level", "between"), [(0.0, (6, 6)), (2.0, (2, 5)), (3.0, (2, 5)), (1e6, (1, 1))])
+@pytest.mark.parametrize(("level", "between"), [(0.0, (6, 6)), (1.8, (2, 5)), (2.0, (2, 5)), (1e6, (1, 1))])
 def test_it_grows_as_deep_as_a_budget_pays_for(target, level, between):
     costs, tree = Costs(((1, 10.0),), ((1, level),), ((1, 1.0),)), TreeConfig(nodes=30, depth=6, topk=4)
     depths = []
