@@ -28,20 +28,15 @@ class DraftForward:
 
     @torch.no_grad()
     def __init__(self, draft: DraftModel, quantization: str | None = None) -> None:
-        layer, attention, mlp = draft.midlayer, draft.midlayer.self_attn, draft.midlayer.mlp
+        layer = draft.midlayer
         self.config, self.target_ids = draft.config, draft.target_ids()
         self.contemplation = draft.contemplation.without_heads() if draft.contemplation is not None else None
         self._rotary = draft.rotary
         quantization = quantization or fast_quantization(draft.lm_head.weight)
         self._fc, self._head = fused([draft.fc], quantization), fused([draft.lm_head], quantization)
         self._layer = LayerWeights(
-            qkv=fused([attention.q_proj, attention.k_proj, attention.v_proj], quantization),
-            out=fused([attention.o_proj], quantization),
-            gate_up=fused([mlp.gate_proj, mlp.up_proj], quantization),
-            down=fused([mlp.down_proj], quantization),
-            attention_norm=layer.input_layernorm.weight,
-            mlp_norm=layer.post_attention_layernorm.weight,
-            head_norms=None,
+            layer,
+            quantization,
             num_heads=self.config.num_attention_heads,
             num_groups=self.config.num_key_value_heads,
             head_dim=self.config.head_dim,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from confu.attention import Attention, scale
 from confu.cache import KVCache
-from confu.linear import Int8Product, TileProduct
+from confu.linear import Int8Product, TileProduct, fused
 from confu.native import tiles_function
 
 Turn = tuple[Tensor, Tensor]
@@ -54,22 +53,26 @@ class PlaceStruct(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_void_p) for name in PLACE)
 
 
-@dataclass
 class LayerWeights:
-    """Of one decoder layer: queries, keys and values in one product, gate and up in another."""
+    """Of one decoder layer, laid out for decoding: queries, keys and values in one product, gate and up in another. The
+    layer's modules are named as in Llama, which a draft's are, too."""
 
-    qkv: Any
-    out: Any
-    gate_up: Any
-    down: Any
-    attention_norm: Tensor
-    mlp_norm: Tensor
-    head_norms: Tensor | None
-    """Of each query head, then of each key head (Qwen3)."""
-    num_heads: int
-    num_groups: int
-    head_dim: int
-    eps: float
+    def __init__(
+        self, layer: Any, quantization: str | None, *, num_heads: int, num_groups: int, head_dim: int, eps: float
+    ) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.num_heads, self.num_groups, self.head_dim, self.eps = num_heads, num_groups, head_dim, eps
+        self.qkv = fused([attention.q_proj, attention.k_proj, attention.v_proj], quantization)
+        self.out = fused([attention.o_proj], quantization)
+        self.gate_up = fused([mlp.gate_proj, mlp.up_proj], quantization)
+        self.down = fused([mlp.down_proj], quantization)
+        self.attention_norm: Tensor = layer.input_layernorm.weight
+        self.mlp_norm: Tensor = layer.post_attention_layernorm.weight
+        self.head_norms: Tensor | None = None
+        if hasattr(attention, "q_norm"):  # Qwen3
+            self.head_norms = torch.stack(
+                [attention.q_norm.weight] * num_heads + [attention.k_norm.weight] * num_groups
+            )
 
 
 class Layers:

@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, 
 from confu.attention import Attention
 from confu.cache import KVCache, PrefixCache
 from confu.layers import Layers, LayerWeights, Turn, serves
-from confu.linear import fused, product
+from confu.linear import product
 from confu.memory import forget_mapped
 from confu.rows import rows
 
@@ -63,7 +63,16 @@ class LlamaForward:
             _empty(head)
         self.layers = []
         for layer in decoder.layers:
-            self.layers.append(LlamaLayer(layer, self.num_heads, self.num_groups, quantization))
+            self.layers.append(
+                LlamaLayer(
+                    layer,
+                    quantization,
+                    num_heads=self.num_heads,
+                    num_groups=self.num_groups,
+                    head_dim=layer.self_attn.head_dim,
+                    eps=layer.input_layernorm.variance_epsilon,
+                )
+            )
             if release:
                 _empty(layer)
         self.in_blocks = quantization is None and getattr(self.layers[0].qkv, "bits", 16) < 16
@@ -112,25 +121,6 @@ class LlamaForward:
 
 class LlamaLayer(LayerWeights):
     """One decoder layer, one function after the other."""
-
-    def __init__(self, layer: Any, num_heads: int, num_groups: int, quantization: str | None) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        head_norms = None
-        if hasattr(attention, "q_norm"):  # Qwen3
-            head_norms = torch.stack([attention.q_norm.weight] * num_heads + [attention.k_norm.weight] * num_groups)
-        super().__init__(
-            qkv=fused([attention.q_proj, attention.k_proj, attention.v_proj], quantization),
-            out=fused([attention.o_proj], quantization),
-            gate_up=fused([mlp.gate_proj, mlp.up_proj], quantization),
-            down=fused([mlp.down_proj], quantization),
-            attention_norm=layer.input_layernorm.weight,
-            mlp_norm=layer.post_attention_layernorm.weight,
-            head_norms=head_norms,
-            num_heads=num_heads,
-            num_groups=num_groups,
-            head_dim=attention.head_dim,
-            eps=layer.input_layernorm.variance_epsilon,
-        )
 
     def __call__(
         self,

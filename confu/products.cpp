@@ -176,7 +176,8 @@ void product(const uint16_t* x, const uint8_t* weight, const float* scales, cons
                             rows - first < MOST ? rows - first : MOST, inputs, outputs);
         return;
     }
-    const int64_t tiles = inputs / PAIRS, row_tiles = (rows + TILE - 1) / TILE, together = std::is_same_v<Format, Wide> && row_tiles <= 2 ? 2 : 1;
+    const int64_t tiles = inputs / PAIRS, row_tiles = (rows + TILE - 1) / TILE;
+    const int64_t together = std::is_same_v<Format, Wide> && row_tiles <= 2 ? 2 : 1;  // columns of tiles
     const bool often = rows > BLOCKS * TILE;  // weights read so often are widened once
     static thread_local std::vector<uint16_t> packed_memory;
     uint16_t* packed = aligned(packed_memory, row_tiles * tiles * WEIGHTS);
