@@ -7,6 +7,8 @@
 
 #include "tiles.h"
 
+#include "layers.h"
+
 #ifdef CONFU_TILES
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -15,7 +17,7 @@
 
 namespace {
 
-constexpr int64_t PIECE = 128;   // keys of a task
+constexpr int64_t PIECE = 192;   // keys of a task at most
 constexpr int64_t WIDEST = 256;  // of a head
 constexpr float NOWHERE = -1e30f;
 
@@ -44,7 +46,13 @@ struct Call {
     float scale;
     int64_t per_group() const { return heads / groups; }
     int64_t folded() const { return per_group() * rows; }  // query rows of a group
-    int64_t pieces() const { return (num_keys + PIECE - 1) / PIECE; }
+    // Of a group's keys; pieces are about as long as each other, and even in number, so that two threads have as much to do.
+    int64_t piece() const {
+        const int64_t count = num_keys > TILE ? (num_keys + 2 * PIECE - 1) / (2 * PIECE) * 2 : 1;
+        return (num_keys + count * TILE - 1) / (count * TILE) * TILE;
+    }
+    int64_t pieces() const { return (num_keys + piece() - 1) / piece(); }
+    int64_t padded() const { return (folded() + TILE - 1) / TILE * TILE; }
 };
 
 void pack(const Call& c, int64_t sequence, int64_t group, int64_t first, int64_t count, Scratch& s) {
@@ -67,27 +75,39 @@ void pack(const Call& c, int64_t sequence, int64_t group, int64_t first, int64_t
                                                        _mm512_slli_epi32(row(key + 2 * i + 1, column), 16)));
 }
 
-// scores of 16 query rows with the keys of the piece
+// scores of 16 query rows with the keys of the piece, of 64 keys at a time
 void score(const uint16_t* queries, int64_t width, int64_t count, Scratch& s) {
-    const uint32_t* keys = s.keys;
-    for (int64_t key = 0; key < count; key += TILE) {
+    const int64_t stride = width / PAIRS * TILE * TILE;  // of a tile's keys
+    for (int64_t key = 0; key < count; key += 4 * TILE) {
+        const uint32_t* keys = s.keys + key / TILE * stride;
         _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
         for (int64_t column = 0; column < width; column += PAIRS, keys += TILE * TILE) {
-            _tile_loadd(1, queries + column, width * 2);
-            _tile_loadd(2, keys, 64);
-            _tile_dpbf16ps(0, 1, 2);
+            _tile_loadd(4, queries + column, width * 2);
+            _tile_loadd(5, keys, 64);
+            _tile_loadd(6, keys + stride, 64);
+            _tile_dpbf16ps(0, 4, 5);
+            _tile_dpbf16ps(1, 4, 6);
+            _tile_loadd(5, keys + 2 * stride, 64);
+            _tile_loadd(6, keys + 3 * stride, 64);
+            _tile_dpbf16ps(2, 4, 5);
+            _tile_dpbf16ps(3, 4, 6);
         }
         _tile_stored(0, s.scores + key, PIECE * 4);
+        _tile_stored(1, s.scores + key + TILE, PIECE * 4);
+        _tile_stored(2, s.scores + key + 2 * TILE, PIECE * 4);
+        _tile_stored(3, s.scores + key + 3 * TILE, PIECE * 4);
     }
 }
 
 // weights 2^(score - largest) of one row, and {largest, their sum}. A row that sees nothing of the piece has weights, too;
 // merged with the others they count for nothing, as its largest says.
-inline void weigh(const float* scores, const uint8_t* mask, int64_t count, int64_t tiles, float factor, uint16_t* weights,
-                  float* stats) {
+template <int TILES> void weigh(const float* scores, const uint8_t* mask, int64_t count, float factor, uint16_t* weights, float* stats) {
     const __m512 nowhere = _mm512_set1_ps(NOWHERE), by = _mm512_set1_ps(factor);
-    __m512 scaled[PIECE / TILE], most = nowhere, sum = _mm512_setzero_ps();
-    for (int64_t i = 0; i < tiles; i++) {
+    __m512 scaled[TILES], most = nowhere, sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < TILES; i++) {
         const int64_t left = count - i * TILE;
         const __mmask16 real = left >= TILE ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
         const __m128i bytes = _mm_maskz_loadu_epi8(real, mask + i * TILE);
@@ -96,7 +116,7 @@ inline void weigh(const float* scores, const uint8_t* mask, int64_t count, int64
     }
     stats[0] = _mm512_reduce_max_ps(most);
     const __m512 largest = _mm512_set1_ps(stats[0]);
-    for (int64_t i = 0; i < tiles; i++) {
+    for (int64_t i = 0; i < TILES; i++) {
         const __m512 weight = exp2_of(_mm512_sub_ps(scaled[i], largest));
         sum = _mm512_add_ps(sum, weight);
         _mm256_store_si256(reinterpret_cast<__m256i*>(weights + i * TILE), __m256i(_mm512_cvtneps_pbh(weight)));
@@ -122,9 +142,14 @@ void weighted(const Scratch& s, int64_t width, int64_t count, float* out) {
     }
 }
 
+// For as many keys as a piece can have, by pairs of tiles.
+constexpr decltype(&weigh<2>) WEIGH[] = {weigh<2>, weigh<4>, weigh<6>, weigh<8>, weigh<10>, weigh<12>};
+static_assert(sizeof(WEIGH) / sizeof(*WEIGH) == PIECE / PAIRS);
+
 // one piece of one group: partial results [folded, width] and {largest, sum} of every row
 void attend_piece(const Call& c, int64_t sequence, int64_t group, int64_t first, Scratch& s, float* partial, float* stats) {
-    const int64_t count = c.num_keys - first < PIECE ? c.num_keys - first : PIECE;
+    const int64_t count = c.num_keys - first < c.piece() ? c.num_keys - first : c.piece();
+    const auto weigh_row = WEIGH[(count - 1) / PAIRS];
     pack(c, sequence, group, first, count, s);
     const uint16_t* queries = c.queries + (sequence * c.heads + group * c.per_group()) * c.rows * c.width;
     const uint8_t* mask = c.mask + sequence * c.rows * c.num_keys + first;
@@ -135,13 +160,7 @@ void attend_piece(const Call& c, int64_t sequence, int64_t group, int64_t first,
         score(tile, c.width, count, s);
         for (int64_t i = 0; i < left; i++) {
             const auto* seen = mask + (row + i) % c.rows * c.num_keys;
-            const auto weigh_tiles = [&](int64_t tiles) {
-                weigh(s.scores + i * PIECE, seen, count, tiles, c.scale, s.weights + i * PIECE, stats + 2 * (row + i));
-            };
-            if (count == PIECE)
-                weigh_tiles(PIECE / TILE);  // unrolled
-            else
-                weigh_tiles((count + PAIRS - 1) / PAIRS * 2);
+            weigh_row(s.scores + i * PIECE, seen, count, c.scale, s.weights + i * PIECE, stats + 2 * (row + i));
         }
         weighted(s, c.width, count, partial + row * c.width);
     }
@@ -170,42 +189,55 @@ extern "C" int64_t tiles_granted() {
     return granted;
 }
 
+int64_t attention_room(int64_t batch, int64_t heads, int64_t groups, int64_t rows, int64_t num_keys, int64_t width) {
+    const Call c{nullptr, nullptr, nullptr, nullptr, heads, groups, rows, num_keys, width, 0, 0, 0};
+    return batch * groups * c.pieces() * c.padded() * (width + 2);
+}
+
+void share_attention(const uint16_t* queries, const uint16_t* keys, const uint16_t* values, const uint8_t* mask, uint16_t* out,
+                     int64_t batch, int64_t heads, int64_t groups, int64_t rows, int64_t num_keys, int64_t width,
+                     int64_t batch_stride, int64_t group_stride, float scale, float* room) {
+    const Call c{queries, keys, values, mask, heads, groups, rows, num_keys, width, batch_stride, group_stride, scale};
+    const int64_t pieces = c.pieces(), padded = c.padded();
+    float *partial = room, *stats = room + batch * groups * pieces * padded * width;
+    static thread_local Scratch scratch;
+    // Neighbouring tasks and rows go to one thread: most of what it merges it has made itself.
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < batch * groups * pieces; task++) {
+        const int64_t pair = task / pieces;
+        attend_piece(c, pair / groups, pair % groups, task % pieces * c.piece(), scratch, partial + task * padded * width,
+                     stats + task * padded * 2);
+    }
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < batch * heads * rows; row++) {
+        const int64_t pair = row / c.folded(), at = row % c.folded(), first = pair * pieces * padded + at;
+        const int64_t head = pair % groups * c.per_group() + at / rows;
+        merge(partial + first * width, stats + first * 2, pieces, padded, width,
+              out + ((pair / groups * rows + at % rows) * heads + head) * width);
+    }
+}
+
 // queries [batch, heads, rows, width]; keys and values [batch, groups, num_keys, width] with the given strides; mask
 // [batch, rows, num_keys] -> out [batch, rows, heads, width]; width is a multiple of 32, scale holds log2(e)
 extern "C" void attention_bf16(const uint16_t* queries, const uint16_t* keys, const uint16_t* values, const uint8_t* mask,
                                uint16_t* out, int64_t batch, int64_t heads, int64_t groups, int64_t rows, int64_t num_keys,
                                int64_t width, int64_t batch_stride, int64_t group_stride, float scale) {
-    const Call c{queries, keys, values, mask, heads, groups, rows, num_keys, width, batch_stride, group_stride, scale};
-    const int64_t pieces = c.pieces(), padded = (c.folded() + TILE - 1) / TILE * TILE;
-    static thread_local std::vector<float> partial, stats;
-    const size_t results = batch * groups * pieces * padded;
-    if (stats.size() < results * 2) stats.resize(results * 2);
-    if (partial.size() < results * width) partial.resize(results * width);
-    float *all_partial = partial.data(), *all_stats = stats.data();
+    static thread_local std::vector<float> memory;
+    memory.resize(attention_room(batch, heads, groups, rows, num_keys, width));
+    float* room = memory.data();
 #pragma omp parallel
     {
-        static thread_local Scratch scratch;
-        const TileConfig config;
-        _tile_loadconfig(&config);
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < batch * groups * pieces; task++) {
-            const int64_t pair = task / pieces;
-            attend_piece(c, pair / groups, pair % groups, task % pieces * PIECE, scratch,
-                         all_partial + task * padded * width, all_stats + task * padded * 2);
-        }
-        _tile_release();
-#pragma omp for
-        for (int64_t row = 0; row < batch * heads * rows; row++) {
-            const int64_t pair = row / c.folded(), at = row % c.folded(), first = pair * pieces * padded + at;
-            const int64_t head = pair % groups * c.per_group() + at / rows;
-            merge(all_partial + first * width, all_stats + first * 2, pieces, padded, width,
-                  out + ((pair / groups * rows + at % rows) * heads + head) * width);
-        }
+        const Tiles tiles;
+        share_attention(queries, keys, values, mask, out, batch, heads, groups, rows, num_keys, width, batch_stride, group_stride,
+                        scale, room);
     }
 }
 
 #else
 
+int64_t attention_room(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t) { return 0; }
+void share_attention(const uint16_t*, const uint16_t*, const uint16_t*, const uint8_t*, uint16_t*, int64_t, int64_t, int64_t, int64_t,
+                     int64_t, int64_t, int64_t, int64_t, float, float*) {}
 extern "C" int64_t tiles_granted() { return 0; }
 extern "C" void attention_bf16(const uint16_t*, const uint16_t*, const uint16_t*, const uint8_t*, uint16_t*, int64_t, int64_t,
                                int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float) {}

@@ -34,7 +34,7 @@ class Growing {
     const Growth& g;
     const int64_t k = s.rows, n = s.batch * k, most, known = draft.head.outputs;
     Frontier frontier, next;
-    std::vector<uint16_t> hidden, states, embedded, read, added, cos, sin;
+    std::vector<uint16_t> hidden, states, embedded, ahead, cos, sin;
     std::vector<float> values;
     std::vector<int64_t> places, first_slots, order;
     std::vector<uint8_t> reach, mask;
@@ -42,7 +42,7 @@ class Growing {
 public:
     Growing(const Draft& draft, const Shape& s, const Growth& g)
         : draft(draft), s(s), g(g), most(k + (g.depth - 1) * k * k), frontier(n), next(n), hidden(n * s.width), states(n * s.width),
-          embedded(n * s.width), read(n * s.width), added(n * s.width), cos(n * s.head_dim), sin(n * s.head_dim),
+          embedded(n * s.width), ahead(g.ahead ? n * s.width : 0), cos(n * s.head_dim), sin(n * s.head_dim),
           values(n * k), places(n * k), first_slots(s.batch), order(k * k), reach(n * g.depth * k) {}
 
     // The children of `rows` rows of each sequence, whose states these are, and the best of them.
@@ -50,11 +50,9 @@ public:
         static thread_local std::vector<uint16_t> logits;
         if (logits.size() < size_t(n * known)) logits.resize(n * known);
         const int64_t count = s.batch * rows, first = level == 0 ? 0 : k + (level - 1) * k * k;
-        add_norm_bf16(from, nullptr, draft.norm, nullptr, read.data(), count, s.width, s.eps);
         for (int64_t i = 0; g.ahead && i < count; i++)
-            add_norm_bf16(&read[i * s.width], g.ahead + (i / rows * g.depth + level) * s.width, nullptr, &added[i * s.width], nullptr,
-                          1, s.width, s.eps);
-        draft.head(g.ahead ? added.data() : read.data(), logits.data(), count);
+            std::memcpy(&ahead[i * s.width], g.ahead + (i / rows * g.depth + level) * s.width, s.width * 2);
+        draft_head_bf16(&draft, from, g.ahead ? ahead.data() : nullptr, logits.data(), count, s.width, s.eps);
         best_bf16(logits.data(), values.data(), places.data(), count, known, k);
         for (int64_t b = 0; b < s.batch; b++) {
             int64_t* tokens = g.tokens + b * most + first;

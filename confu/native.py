@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 NAMES = ("rows.cpp", "attention.cpp", "products.cpp", "layers.cpp", "growth.cpp")
 SOURCES = tuple(Path(__file__).with_name(name) for name in NAMES)
-HEADERS = tuple(Path(__file__).with_name(name) for name in ("tiles.h", "layers.h"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("tiles.h", "layers.h", "numbers.h"))
 
 
 @functools.cache
@@ -59,8 +59,9 @@ def build(*more: str) -> Path:
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
         raise FileNotFoundError("there is no C++ compiler (c++, g++, clang++, or what CXX names)")
-    native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
-    options = ["-O3", "-ffast-math", "-fPIC", native, *more]
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    native = ["-march=native", "-mprefer-vector-width=512"] if is_x86 else ["-mcpu=native"]
+    options = ["-O3", "-ffast-math", "-fPIC", *native, *more]
     texts = [source.read_text(encoding="utf-8") for source in (*SOURCES, *HEADERS)]
     identity = "\n".join([compiler, *options, _processor(), *texts])
     kept = cache_dir() / "native" / f"functions-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"

@@ -7,6 +7,9 @@
 
 #include "tiles.h"
 
+#include "layers.h"
+#include "numbers.h"
+
 #ifdef CONFU_TILES
 #include <cmath>
 #include <type_traits>
@@ -16,7 +19,7 @@ namespace {
 constexpr int64_t WEIGHTS = TILE * PAIRS;  // of a tile
 constexpr int64_t BLOCKS = 4;              // tiles of rows that share what is read of a weight
 constexpr int64_t AHEAD = 4, RING = 8;     // tiles are widened so many before they are needed, into so many places,
-constexpr int64_t FETCH = 24;              // and asked of memory so many before
+constexpr int64_t FETCH = 64;              // and asked of memory so many before
 
 // A tile in memory is BYTES long; `widen` writes 16 outputs of 32 inputs each in bfloat16.
 
@@ -45,9 +48,16 @@ struct Whole {
     }
 };
 
-inline __m512 halves(const uint8_t* from) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-}
+// 16 float16 numbers, each of which is soon needed in all lanes: from memory that costs nothing, while a compiler that sees them
+// in a register shuffles it for every one.
+struct Halves {
+    alignas(64) float of[TILE];
+    explicit Halves(const uint8_t* from) {
+        _mm512_store_ps(of, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+        asm volatile("" : : "r"(of) : "memory");
+    }
+    __m512 operator[](int64_t output) const { return _mm512_set1_ps(of[output]); }
+};
 
 // Blocks of 32 inputs: number x step + least of each output (GGUF's Q4_1, and Q4_0 with a least of -8 steps). Of four outputs 16
 // bits for each input, the first output's number lowest; then all steps, all leasts, in float16.
@@ -55,23 +65,23 @@ struct Block4 {
     static constexpr int64_t BYTES = WEIGHTS / 2 + 4 * TILE;
 
     // The 16 values of each of two outputs' blocks make a table, in which their numbers are looked up: the second's with a bit set.
+    // Numbers are moved down by multiplying, which takes half as long here as a shift.
     static void widen(const uint8_t* from, uint16_t* to) {
-        alignas(64) float steps[TILE], leasts[TILE];
-        _mm512_store_ps(steps, halves(from + WEIGHTS / 2));
-        _mm512_store_ps(leasts, halves(from + WEIGHTS / 2 + 2 * TILE));
+        const Halves steps(from + WEIGHTS / 2), leasts(from + WEIGHTS / 2 + 2 * TILE);
         const __m512 all = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         const __m512i four_bits = _mm512_set1_epi16(15), second = _mm512_set1_epi16(16);
-        const auto values = [&](int64_t output) {
-            return _mm512_fmadd_ps(all, _mm512_set1_ps(steps[output]), _mm512_set1_ps(leasts[output]));
+        const auto look_up = [&](int64_t output, __m512i first_numbers, __m512i second_numbers) {
+            const auto values = [&](int64_t i) { return _mm512_fmadd_ps(all, steps[i], leasts[i]); };
+            const __m512i table = __m512i(_mm512_cvtne2ps_pbh(values(output + 1), values(output)));
+            _mm512_store_si512(to + output * PAIRS, _mm512_permutexvar_epi16(first_numbers, table));
+            _mm512_store_si512(to + (output + 1) * PAIRS, _mm512_permutexvar_epi16(second_numbers, table));
         };
-        for (int64_t i = 0; i < TILE; i += 2) {
-            const __m512i table = __m512i(_mm512_cvtne2ps_pbh(values(i + 1), values(i)));
-            const __m512i numbers = _mm512_srli_epi16(_mm512_loadu_si512(from + i / 4 * 64), i % 4 * 4);
-            const __m512i ours = _mm512_and_si512(numbers, four_bits);
+        for (int64_t i = 0; i < TILE; i += 4) {
+            const __m512i numbers = _mm512_loadu_si512(from + i * PAIRS / 2);
+            const auto down = [&](int bits) { return _mm512_mulhi_epu16(numbers, _mm512_set1_epi16(short(1 << (16 - bits)))); };
             // 0xea: the first where the second has ones, and the third
-            const __m512i theirs = _mm512_ternarylogic_epi32(_mm512_srli_epi16(numbers, 4), four_bits, second, 0xea);
-            _mm512_store_si512(to + i * PAIRS, _mm512_permutexvar_epi16(ours, table));
-            _mm512_store_si512(to + (i + 1) * PAIRS, _mm512_permutexvar_epi16(theirs, table));
+            look_up(i, _mm512_and_si512(numbers, four_bits), _mm512_ternarylogic_epi32(down(4), four_bits, second, 0xea));
+            look_up(i + 2, _mm512_and_si512(down(8), four_bits), _mm512_or_si512(down(12), second));
         }
     }
 };
@@ -81,23 +91,21 @@ struct Block8 {
     static constexpr int64_t BYTES = WEIGHTS + 2 * TILE;
 
     static void widen(const uint8_t* from, uint16_t* to) {
-        alignas(64) float steps[TILE];
-        _mm512_store_ps(steps, halves(from + WEIGHTS));
+        const Halves steps(from + WEIGHTS);
         for (int64_t i = 0; i < TILE; i++) {
             const uint8_t* numbers = from + i * PAIRS;
-            const __m512 step = _mm512_set1_ps(steps[i]);
-            _mm512_store_si512(to + i * PAIRS, __m512i(_mm512_cvtne2ps_pbh(_mm512_mul_ps(widen_bytes(numbers + TILE), step),
-                                                                           _mm512_mul_ps(widen_bytes(numbers), step))));
+            _mm512_store_si512(to + i * PAIRS, __m512i(_mm512_cvtne2ps_pbh(_mm512_mul_ps(widen_bytes(numbers + TILE), steps[i]),
+                                                                           _mm512_mul_ps(widen_bytes(numbers), steps[i]))));
         }
     }
 };
 
-// COLUMNS times 16 outputs of up to COUNT times 16 rows, whose tiles of 32 inputs lie one behind the other: sums [COLUMNS, COUNT,
-// 16 outputs, 16 rows]. A sum waits for the one before it, so at least two are on their way at a time.
+// COLUMNS times 16 outputs, `next` bytes from each other, of up to COUNT times 16 rows, whose tiles of 32 inputs lie one behind the
+// other: sums [COLUMNS, COUNT, 16 outputs, 16 rows]. A sum waits for the one before it, so at least two are on their way at a time.
 template <typename Format, int COUNT, int COLUMNS>
-void multiply(const uint16_t* x, const uint8_t* weight, int64_t tiles, uint16_t* ring, float* sums) {
+void multiply(const uint16_t* x, const uint8_t* weight, int64_t next, int64_t tiles, uint16_t* ring, float* sums) {
     static_assert(COUNT <= 4 && COUNT * COLUMNS <= 4 && COLUMNS <= 2);
-    const int64_t stride = tiles * WEIGHTS, next = tiles * Format::BYTES;
+    const int64_t stride = tiles * WEIGHTS;
     const auto place = [&](int64_t k, int64_t column) { return ring + (k % RING * COLUMNS + column) * WEIGHTS; };
     const auto widen = [&](int64_t k) {
         Format::widen(weight + k * Format::BYTES, place(k, 0));
@@ -115,7 +123,7 @@ void multiply(const uint16_t* x, const uint8_t* weight, int64_t tiles, uint16_t*
     for (int64_t k = 0; k < tiles; k++) {
         for (int64_t column = 0; column < COLUMNS; column++)
             for (int64_t line = 0; line < Format::BYTES; line += 64)
-                _mm_prefetch(reinterpret_cast<const char*>(weight + column * next + (k + FETCH) * Format::BYTES + line), _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char*>(weight + column * next + (k + FETCH) * Format::BYTES + line), _MM_HINT_T1);
         if (k + AHEAD < tiles) widen(k + AHEAD);
         const uint16_t* rows = x + k * WEIGHTS;
         _tile_loadd(6, wide(k, 0), 64);
@@ -149,13 +157,14 @@ void multiply(const uint16_t* x, const uint8_t* weight, int64_t tiles, uint16_t*
 }
 
 template <typename Format>
-void multiply(int64_t count, int64_t columns, const uint16_t* x, const uint8_t* weight, int64_t tiles, uint16_t* ring, float* sums) {
-    if (count == 1 && columns == 1) multiply<Format, 1, 1>(x, weight, tiles, ring, sums);
-    if (count == 1 && columns == 2) multiply<Format, 1, 2>(x, weight, tiles, ring, sums);
-    if (count == 2 && columns == 1) multiply<Format, 2, 1>(x, weight, tiles, ring, sums);
-    if (count == 2 && columns == 2) multiply<Format, 2, 2>(x, weight, tiles, ring, sums);
-    if (count == 3) multiply<Format, 3, 1>(x, weight, tiles, ring, sums);
-    if (count == 4) multiply<Format, 4, 1>(x, weight, tiles, ring, sums);
+void multiply(int64_t count, int64_t columns, const uint16_t* x, const uint8_t* weight, int64_t next, int64_t tiles, uint16_t* ring,
+              float* sums) {
+    if (count == 1 && columns == 1) multiply<Format, 1, 1>(x, weight, next, tiles, ring, sums);
+    if (count == 1 && columns == 2) multiply<Format, 1, 2>(x, weight, next, tiles, ring, sums);
+    if (count == 2 && columns == 1) multiply<Format, 2, 1>(x, weight, next, tiles, ring, sums);
+    if (count == 2 && columns == 2) multiply<Format, 2, 2>(x, weight, next, tiles, ring, sums);
+    if (count == 3) multiply<Format, 3, 1>(x, weight, next, tiles, ring, sums);
+    if (count == 4) multiply<Format, 4, 1>(x, weight, next, tiles, ring, sums);
 }
 
 uint16_t* aligned(std::vector<uint16_t>& memory, size_t count) {
@@ -165,67 +174,107 @@ uint16_t* aligned(std::vector<uint16_t>& memory, size_t count) {
 
 constexpr int64_t MOST = 256;  // rows at a time, whose tiles stay in a cache
 
-// x [rows, inputs] times weight [outputs / 16, inputs / 32, BYTES], times scales [outputs] and plus bias [outputs] if there are
-// any -> out [rows, outputs]
-template <typename Format>
-void product(const uint16_t* x, const uint8_t* weight, const float* scales, const float* bias, uint16_t* out, int64_t rows,
-             int64_t inputs, int64_t outputs) {
-    if (rows > MOST) {
-        for (int64_t first = 0; first < rows; first += MOST)
-            product<Format>(x + first * inputs, weight, scales, bias, out + first * outputs,
-                            rows - first < MOST ? rows - first : MOST, inputs, outputs);
-        return;
+// The tiles of a thread's own copy of x, transposed: [row tiles, tiles of inputs, 16 pairs of inputs, 16 rows].
+const uint16_t* transposed(const uint16_t* x, int64_t rows, int64_t inputs) {
+    static thread_local std::vector<uint16_t> memory;
+    const int64_t tiles = inputs / PAIRS, all = (rows + TILE - 1) / TILE * tiles;
+    uint16_t* to = aligned(memory, all * WEIGHTS);
+    for (int64_t i = 0; i < all; i++) {
+        const int64_t first = i / tiles * TILE;
+        transpose(reinterpret_cast<const uint32_t*>(x + first * inputs) + i % tiles * TILE, inputs / 2, rows - first,
+                  reinterpret_cast<uint32_t*>(to + i * WEIGHTS));
     }
-    const int64_t tiles = inputs / PAIRS, row_tiles = (rows + TILE - 1) / TILE;
-    const int64_t together = std::is_same_v<Format, Wide> && row_tiles <= 2 ? 2 : 1;  // columns of tiles
-    const bool often = rows > BLOCKS * TILE;  // weights read so often are widened once
-    static thread_local std::vector<uint16_t> packed_memory;
-    uint16_t* packed = aligned(packed_memory, row_tiles * tiles * WEIGHTS);
-#pragma omp parallel
-    {
-        alignas(64) uint16_t ring[2 * RING * WEIGHTS];
-        alignas(64) float sums[BLOCKS * TILE * TILE];
-        alignas(64) uint32_t turned[TILE * TILE];
-        const TileConfig config;
-        _tile_loadconfig(&config);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < row_tiles * tiles; i++) {
-            const int64_t first = i / tiles * TILE;
-            transpose(reinterpret_cast<const uint32_t*>(x + first * inputs) + i % tiles * TILE, inputs / 2, rows - first,
-                      reinterpret_cast<uint32_t*>(packed + i * WEIGHTS));
-        }
+    return to;
+}
+
+// 16 outputs of 16 rows, times their scales and plus their bias, if there are any.
+struct Result {
+    alignas(64) uint32_t turned[TILE * TILE];
+    __m512 by, plus;
+
+    Result(const Product& p, int64_t output, float* sums)
+        : by(p.scales ? _mm512_loadu_ps(p.scales + output) : _mm512_set1_ps(1)),
+          plus(p.bias ? _mm512_loadu_ps(p.bias + output) : _mm512_setzero_ps()) {
+        transpose(reinterpret_cast<uint32_t*>(sums), TILE, TILE, turned);
+    }
+    __m256i of_row(int64_t i) const {
+        const __m512 sum = _mm512_castsi512_ps(_mm512_load_si512(turned + i * TILE));
+        return __m256i(_mm512_cvtneps_pbh(_mm512_fmadd_ps(sum, by, plus)));
+    }
+};
+
+// Of up to MOST rows; the outputs are shared by the threads of a team, which do not wait for each other.
+template <typename Format> void product(const Product& p, const uint16_t* x, uint16_t* out, int64_t rows) {
+    const int64_t tiles = p.inputs / PAIRS, row_tiles = (rows + TILE - 1) / TILE, next = tiles * Format::BYTES;
+    const int64_t together = row_tiles <= 2 ? 2 : 1;  // columns of tiles
+    const bool often = rows > BLOCKS * TILE;          // weights read so often are widened once
+    static thread_local std::vector<uint16_t> wide_memory;
+    const uint16_t* packed = transposed(x, rows, p.inputs);
+    alignas(64) uint16_t ring[2 * RING * WEIGHTS];
+    alignas(64) float sums[BLOCKS * TILE * TILE];
 #pragma omp for schedule(static) nowait
-        for (int64_t column = 0; column < outputs / TILE; column += together) {
-            const uint8_t* from = weight + column * tiles * Format::BYTES;
-            if (often && !std::is_same_v<Format, Wide>) {
-                static thread_local std::vector<uint16_t> wide_memory;
-                uint16_t* wide = aligned(wide_memory, tiles * WEIGHTS);
-                for (int64_t k = 0; k < tiles; k++) Format::widen(from + k * Format::BYTES, wide + k * WEIGHTS);
-                from = reinterpret_cast<const uint8_t*>(wide);
-            }
-            const int64_t columns = outputs / TILE - column < together ? outputs / TILE - column : together;
-            for (int64_t first = 0; first < row_tiles; first += BLOCKS) {
-                const int64_t count = row_tiles - first < BLOCKS ? row_tiles - first : BLOCKS;
-                const uint16_t* operand = packed + first * tiles * WEIGHTS;
-                if (often)
-                    multiply<Wide>(count, columns, operand, from, tiles, ring, sums);
-                else
-                    multiply<Format>(count, columns, operand, from, tiles, ring, sums);
-                for (int64_t block = 0; block < columns * count; block++) {
-                    const int64_t output = (column + block / count) * TILE, row = (first + block % count) * TILE;
-                    const __m512 by = scales ? _mm512_loadu_ps(scales + output) : _mm512_set1_ps(1);
-                    const __m512 plus = bias ? _mm512_loadu_ps(bias + output) : _mm512_setzero_ps();
-                    transpose(reinterpret_cast<uint32_t*>(sums) + block * TILE * TILE, TILE, TILE, turned);
-                    for (int64_t i = 0; i < TILE && row + i < rows; i++) {
-                        const __m512 sum = _mm512_castsi512_ps(_mm512_load_si512(turned + i * TILE));
-                        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (row + i) * outputs + output),
-                                            __m256i(_mm512_cvtneps_pbh(_mm512_fmadd_ps(sum, by, plus))));
-                    }
-                }
+    for (int64_t column = 0; column < p.outputs / TILE; column += together) {
+        const uint8_t* from = p.weight + column * next;
+        if (often && !std::is_same_v<Format, Wide>) {
+            uint16_t* wide = aligned(wide_memory, tiles * WEIGHTS);
+            for (int64_t k = 0; k < tiles; k++) Format::widen(from + k * Format::BYTES, wide + k * WEIGHTS);
+            from = reinterpret_cast<const uint8_t*>(wide);
+        }
+        const int64_t columns = p.outputs / TILE - column < together ? p.outputs / TILE - column : together;
+        for (int64_t first = 0; first < row_tiles; first += BLOCKS) {
+            const int64_t count = row_tiles - first < BLOCKS ? row_tiles - first : BLOCKS;
+            const uint16_t* operand = packed + first * tiles * WEIGHTS;
+            if (often)
+                multiply<Wide>(count, columns, operand, from, next, tiles, ring, sums);
+            else
+                multiply<Format>(count, columns, operand, from, next, tiles, ring, sums);
+            for (int64_t block = 0; block < columns * count; block++) {
+                const int64_t output = (column + block / count) * TILE, row = (first + block % count) * TILE;
+                const Result result(p, output, sums + block * TILE * TILE);
+                for (int64_t i = 0; i < TILE && row + i < rows; i++)
+                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (row + i) * p.outputs + output), result.of_row(i));
             }
         }
-        _tile_release();
     }
+}
+
+// Of up to MOST_GATED rows. What one thread makes of a gate and of what it gates never leaves that thread.
+template <typename Format> void gated_product(const Product& p, const uint16_t* x, uint16_t* out, int64_t rows, Ahead& ahead) {
+    const int64_t tiles = p.inputs / PAIRS, count = (rows + TILE - 1) / TILE, width = p.outputs / 2;
+    const uint16_t* packed = transposed(x, rows, p.inputs);
+    alignas(64) uint16_t ring[2 * RING * WEIGHTS];
+    alignas(64) float sums[BLOCKS * TILE * TILE];
+    alignas(64) bf16 gate[TILE * TILE], up[TILE * TILE], gated[TILE * TILE];
+    const int64_t each = 2 * ahead.left() * team_size() / (width / TILE) + 1;  // all within half of this thread's columns
+#pragma omp for schedule(static) nowait
+    for (int64_t output = 0; output < width; output += TILE) {
+        ahead.fetch(each);
+        const int64_t next = width / TILE * tiles * Format::BYTES;
+        multiply<Format>(count, 2, packed, p.weight + output / TILE * tiles * Format::BYTES, next, tiles, ring, sums);
+        for (int64_t block = 0; block < count; block++) {
+            const Result gates(p, output, sums + block * TILE * TILE), ups(p, width + output, sums + (count + block) * TILE * TILE);
+            const int64_t left = rows - block * TILE < TILE ? rows - block * TILE : TILE;
+            for (int64_t i = 0; i < left; i++) {
+                _mm256_store_si256(reinterpret_cast<__m256i*>(gate + i * TILE), gates.of_row(i));
+                _mm256_store_si256(reinterpret_cast<__m256i*>(up + i * TILE), ups.of_row(i));
+            }
+            for (int64_t i = 0; i < left * TILE; i++) put_gated(gated[i], gate[i], up[i]);
+            for (int64_t i = 0; i < left; i++)
+                std::memcpy(out + (block * TILE + i) * width + output, gated + i * TILE, TILE * sizeof(bf16));
+        }
+    }
+}
+
+// `of` with the format of the weight: in 16 bits as it is, in blocks of 8 or 4, or, with scales, in whole numbers of 8.
+template <typename Function> void by_format(const Product& p, Function of) {
+    if (p.scales)
+        of(Whole());
+    else if (p.bits == 4)
+        of(Block4());
+    else if (p.bits == 8)
+        of(Block8());
+    else
+        of(Wide());
 }
 
 constexpr int TRIES = 14;  // float16 numbers around an estimate: eight round to the same bfloat16
@@ -356,11 +405,26 @@ bool find(const uint16_t* weight, uint8_t* out, int64_t outputs, int64_t inputs)
 
 }  // namespace
 
-// weight in 16 bits as it is, in blocks of 8 or 4, or, with scales, in whole numbers of 8
+void share_product(const Product& p, const uint16_t* x, uint16_t* out, int64_t rows) {
+    by_format(p, [&](auto format) {
+        for (int64_t first = 0; first < rows; first += MOST)
+            product<decltype(format)>(p, x + first * p.inputs, out + first * p.outputs, rows - first < MOST ? rows - first : MOST);
+    });
+#pragma omp barrier
+}
+
+void share_gated_product(const Product& p, const uint16_t* x, uint16_t* out, int64_t rows, Ahead ahead) {
+    by_format(p, [&](auto format) { gated_product<decltype(format)>(p, x, out, rows, ahead); });
+#pragma omp barrier
+}
+
 extern "C" void tile_product(const uint16_t* x, const uint8_t* weight, const float* scales, const float* bias, uint16_t* out,
                              int64_t rows, int64_t inputs, int64_t outputs, int64_t bits) {
-    const auto of = scales ? product<Whole> : bits == 4 ? product<Block4> : bits == 8 ? product<Block8> : product<Wide>;
-    of(x, weight, scales, bias, out, rows, inputs, outputs);
+#pragma omp parallel
+    {
+        const Tiles tiles;
+        share_product({weight, scales, bias, inputs, outputs, bits}, x, out, rows);
+    }
 }
 
 // weight [outputs, inputs] -> out [outputs / 16, inputs / 32, bytes of a tile]. 0 where it was not made of such blocks.
@@ -370,6 +434,8 @@ extern "C" int64_t find_blocks(const uint16_t* weight, uint8_t* out, int64_t out
 
 #else
 
+void share_product(const Product&, const uint16_t*, uint16_t*, int64_t) {}
+void share_gated_product(const Product&, const uint16_t*, uint16_t*, int64_t, Ahead) {}
 extern "C" void tile_product(const uint16_t*, const uint8_t*, const float*, const float*, uint16_t*, int64_t, int64_t, int64_t,
                              int64_t) {}
 extern "C" int64_t find_blocks(const uint16_t*, uint8_t*, int64_t, int64_t, int64_t) { return 0; }

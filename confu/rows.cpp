@@ -1,36 +1,11 @@
 // What stands between the matrix products of a decoder layer, for a few dozen rows, each loop one pass over its rows.
 // Same arithmetic as the torch functions in rows.py, which they are tested against. Built by native.py, called from there.
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include "numbers.h"
 
 namespace {
 
 constexpr int64_t LIGHT = 8192;  // numbers that one thread is done with before a second one has begun
-
-struct bf16 {
-    uint16_t bits;
-};
-
-inline float wide(float x) { return x; }
-inline float wide(bf16 x) {
-    uint32_t bits = uint32_t(x.bits) << 16;
-    float y;
-    std::memcpy(&y, &bits, 4);
-    return y;
-}
-inline void put(float& to, float x) { to = x; }
-inline void put(bf16& to, float x) {  // round to nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    to.bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-template <typename T> inline float rounded(float x) {
-    T y;
-    put(y, x);
-    return wide(y);
-}
 
 template <typename T> void norm_row(const T* x, const T* __restrict__ weight, T* __restrict__ out, int64_t width, float eps) {
     float sum = 0;
@@ -42,7 +17,7 @@ template <typename T> void norm_row(const T* x, const T* __restrict__ weight, T*
 // total = x + delta (delta may be null: total is not written); out = norm(total) * weight (out may be null)
 template <typename T>
 void add_norm(const T* x, const T* delta, const T* weight, T* total, T* out, int64_t rows, int64_t width, float eps) {
-#pragma omp parallel for if (rows * width > LIGHT)
+#pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; r++) {
         const T* row = x + r * width;
         if (delta) {
@@ -73,7 +48,7 @@ void rotate(const T* mixed, const T* cos, const T* sin, const T* weights, T* que
             const int64_t* firsts, int64_t slots, int64_t batch, int64_t rows, int64_t heads, int64_t groups, int64_t width,
             float eps) {
     const int64_t half = width / 2, all = heads + 2 * groups;
-#pragma omp parallel for if (batch * rows * all * width > LIGHT)
+#pragma omp for schedule(static)
     for (int64_t at = 0; at < batch * rows; at++) {
         const int64_t b = at / rows, r = at % rows;
         const T *c = cos + at * width, *s = sin + at * width, *head = mixed + at * all * width;
@@ -99,15 +74,11 @@ void rotate(const T* mixed, const T* cos, const T* sin, const T* weights, T* que
 
 // gate_up [rows, 2 width] -> silu(gate) * up [rows, width]
 template <typename T> void gate(const T* gate_up, T* out, int64_t rows, int64_t width) {
-#pragma omp parallel for if (rows * width > LIGHT)
+#pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; r++) {
         const T* __restrict__ from = gate_up + 2 * r * width;
         T* __restrict__ to = out + r * width;
-        for (int64_t i = 0; i < width; i++) {
-            const float x = wide(from[i]);
-            const float e = std::exp(std::fmin(-x, 80.0f));  // beyond, e would overflow; x / (1 + e) is below 1e-31 there
-            put(to[i], rounded<T>(x / (1.0f + e)) * wide(from[i + width]));
-        }
+        for (int64_t i = 0; i < width; i++) put_gated(to[i], from[i], from[i + width]);
     }
 }
 
@@ -184,16 +155,29 @@ template <typename T> void argmax(const T* x, int64_t* places, int64_t rows, int
 
 }  // namespace
 
-#define EXPORT(T)                                                                                                     \
-    extern "C" void add_norm_##T(const T* x, const T* d, const T* w, T* t, T* o, int64_t rows, int64_t n, float eps) { \
-        add_norm(x, d, w, t, o, rows, n, eps);                                                                        \
-    }                                                                                                                 \
+// Of the first three, what every thread of a team calls (layers.h), and by themselves
+#define EXPORT(T)                                                                                                      \
+    extern "C" void share_add_norm_##T(const T* x, const T* d, const T* w, T* t, T* o, int64_t rows, int64_t n, float eps) { \
+        add_norm(x, d, w, t, o, rows, n, eps);                                                                         \
+    }                                                                                                                  \
+    extern "C" void add_norm_##T(const T* x, const T* d, const T* w, T* t, T* o, int64_t rows, int64_t n, float eps) {  \
+        _Pragma("omp parallel if (rows * n > LIGHT)") add_norm(x, d, w, t, o, rows, n, eps);                           \
+    }                                                                                                                  \
+    extern "C" void share_rotate_##T(const T* m, const T* c, const T* s, const T* w, T* q, T* k, T* v,                  \
+                                     const int64_t* firsts, int64_t slots, int64_t batch, int64_t rows, int64_t heads,  \
+                                     int64_t groups, int64_t n, float eps) {                                            \
+        rotate(m, c, s, w, q, k, v, firsts, slots, batch, rows, heads, groups, n, eps);                                \
+    }                                                                                                                  \
     extern "C" void rotate_##T(const T* m, const T* c, const T* s, const T* w, T* q, T* k, T* v, const int64_t* firsts, \
                                int64_t slots, int64_t batch, int64_t rows, int64_t heads, int64_t groups, int64_t n,   \
                                float eps) {                                                                            \
-        rotate(m, c, s, w, q, k, v, firsts, slots, batch, rows, heads, groups, n, eps);                                \
-    }                                                                                                                 \
-    extern "C" void gate_##T(const T* x, T* o, int64_t rows, int64_t n) { gate(x, o, rows, n); }                       \
+        _Pragma("omp parallel if (batch * rows * (heads + 2 * groups) * n > LIGHT)")                                   \
+            rotate(m, c, s, w, q, k, v, firsts, slots, batch, rows, heads, groups, n, eps);                            \
+    }                                                                                                                  \
+    extern "C" void share_gate_##T(const T* x, T* o, int64_t rows, int64_t n) { gate(x, o, rows, n); }                  \
+    extern "C" void gate_##T(const T* x, T* o, int64_t rows, int64_t n) {                                              \
+        _Pragma("omp parallel if (rows * n > LIGHT)") gate(x, o, rows, n);                                             \
+    }                                                                                                                  \
     extern "C" void best_##T(const T* x, float* v, int64_t* p, int64_t rows, int64_t n, int64_t k) {                   \
         best(x, v, p, rows, n, k);                                                                                    \
     }                                                                                                                 \

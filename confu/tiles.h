@@ -1,4 +1,4 @@
-// What attention.cpp and products.cpp have in common: AMX tiles of 16 rows, where the compiler's target has them (Linux, x86-64).
+// AMX tiles of 16 rows, where the compiler's target has them (Linux, x86-64).
 
 #pragma once
 
@@ -16,13 +16,19 @@
 constexpr int64_t TILE = 16;   // rows of a tile; columns of a result tile
 constexpr int64_t PAIRS = 32;  // bf16 columns of an operand tile
 
-struct alignas(64) TileConfig {
+// While there is one, its thread can use tiles.
+class alignas(64) Tiles {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {};
     uint8_t rows[16] = {};
-    TileConfig() {
+
+public:
+    Tiles() {
         for (int i = 0; i < 8; i++) row_bytes[i] = 64, rows[i] = TILE;
+        _tile_loadconfig(this);
     }
+    ~Tiles() { _tile_release(); }
+    Tiles(const Tiles&) = delete;
 };
 
 // 16 rows of 16 dwords each, `stride` dwords apart and zero from row `count` on, transposed
@@ -49,5 +55,9 @@ inline void transpose(const uint32_t* from, int64_t stride, int64_t count, uint3
         _mm512_store_si512(to + (i + 12) * 16, _mm512_shuffle_i32x4(low_odd, high_odd, 0xdd));
     }
 }
+
+#else
+
+struct Tiles {};
 
 #endif

@@ -49,6 +49,8 @@ def test_the_library_is_built_once(fresh, tmp_path, monkeypatch):
 
 
 def test_another_source_or_option_is_another_library(fresh, tmp_path, monkeypatch):
+    for header in native.HEADERS:
+        shutil.copy(header, tmp_path)
     source = tmp_path / "rows.cpp"
     source.write_text(native.SOURCES[0].read_text(encoding="utf-8") + "// changed\n", encoding="utf-8")
     first = build()
