@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from confu.host import upload
+from confu.native import compiled
 
 
 class KVCache(Cache):
@@ -147,6 +148,15 @@ class KVCache(Cache):
         """Keep the first ``counts[b]`` of the rows ``path[b]`` (ascending indices into the rows just written); drop the
         others."""
         if path.shape[1] == 1:  # the root, which lies in place
+            self.advance(counts)
+            return
+        if self.keys.is_cpu and self.keys.is_contiguous() and (move := compiled("keep_rows", 3, 6)) is not None:
+            outer, batch, inner, slots, width = self.keys.shape
+            path, first = path.contiguous(), self.lengths_tensor() + self.num_soft
+            for store in (self.keys, self.values):
+                row_bytes = width * store.element_size()
+                pointers = map(torch.Tensor.data_ptr, (store, path, first))
+                move(*pointers, outer, batch, inner, slots, row_bytes, path.shape[1])
             self.advance(counts)
             return
         steps = torch.arange(path.shape[1], device=path.device)

@@ -1,5 +1,5 @@
-"""The compiled functions of `rows.cpp`, `attention.cpp`, `products.cpp`, `layers.cpp` and `growth.cpp`: built on first
-use, in a few seconds, where there is a C++ compiler, and kept in the user's cache.
+"""The compiled functions of `rows.cpp`, `trees.cpp`, `attention.cpp`, `products.cpp`, `layers.cpp` and `growth.cpp`:
+built on first use, in a few seconds, where there is a C++ compiler, and kept in the user's cache.
 
 They use OpenMP where the process has its functions already: torch's, and so torch's own threads.
 """
@@ -25,7 +25,7 @@ from confu.models import cache_dir
 
 logger = logging.getLogger(__name__)
 
-NAMES = ("rows.cpp", "attention.cpp", "products.cpp", "layers.cpp", "growth.cpp")
+NAMES = ("rows.cpp", "trees.cpp", "attention.cpp", "products.cpp", "layers.cpp", "growth.cpp")
 SOURCES = tuple(Path(__file__).with_name(name) for name in NAMES)
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("tiles.h", "layers.h", "numbers.h"))
 
@@ -42,6 +42,16 @@ def library() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         logger.info("the C++ functions are not used, torch takes their place: %s", error)
         return None
+
+
+def compiled(name: str, num_pointers: int, num_sizes: int = 0) -> Callable[..., None] | None:
+    """A compiled function of so many pointers and then so many sizes, where it can be made."""
+    functions = library()
+    if functions is None:
+        return None
+    function = functions[name]
+    function.argtypes, function.restype = [ctypes.c_void_p] * num_pointers + [ctypes.c_int64] * num_sizes, None
+    return function
 
 
 def tiles_function(name: str, types: list[type], returns: type | None = None) -> Callable[..., Any] | None:

@@ -8,7 +8,8 @@ Shapes: B batch, N nodes, k top-k.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from confu.costs import Budget
+from confu.native import compiled
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,30 @@ def from_parents(
     """Depths and ancestor mask from parent pointers (parents before children). One small step per level. Without a
     known ``height`` it is taken for the largest possible."""
     num_nodes = tokens.shape[1]
+    height = num_nodes - 1 if height is None else min(height, num_nodes - 1)
+    if (see := on_host("see_ancestors", 4, 2, scores)) is not None:
+        parents, scores = parents.contiguous(), scores.contiguous()
+        depths, ancestors = torch.empty_like(parents), torch.empty(*parents.shape, num_nodes, dtype=torch.bool)
+        see(*map(Tensor.data_ptr, (parents, scores, depths, ancestors)), *parents.shape)
+        return Tree(tokens, parents, depths, ancestors, scores, height)
     ancestors = torch.eye(num_nodes, dtype=torch.bool, device=tokens.device).expand(len(tokens), -1, -1)
     valid = scores > -torch.inf
     # A node sees its parent, the parent's parent, ...: doubling the reach needs log2(N) steps.
     reach = torch.zeros_like(ancestors).scatter(2, parents[:, :, None], valid[:, :, None]) | ancestors
     for _ in range(max(num_nodes - 1, 1).bit_length()):
         reach = (reach.float() @ reach.float()) > 0
-    height = num_nodes - 1 if height is None else min(height, num_nodes - 1)
     return Tree(tokens, parents, reach.sum(2) - 1, reach, scores, height)
+
+
+def on_host(name: str, num_pointers: int, num_sizes: int, scores: Tensor) -> Callable[..., None] | None:
+    """A function of `trees.cpp`, for trees whose nodes have these scores, where it can be made. None elsewhere, and on
+    other devices."""
+    return _compiled(name, num_pointers, num_sizes) if scores.is_cpu and scores.dtype == torch.float32 else None
+
+
+@functools.cache
+def _compiled(name: str, num_pointers: int, num_sizes: int) -> Callable[..., None] | None:
+    return compiled(name, num_pointers, num_sizes)
 
 
 def root_only(tokens: Int[Tensor, " B"]) -> Tree:
@@ -136,10 +154,16 @@ class Candidates:
         first."""
         tokens, scores = torch.cat(self.tokens, 1), torch.cat(self.scores, 1)
         parents = torch.cat(self.parents, 1)
-        count = min(num_nodes - 1, tokens.shape[1])
+        count, levels = min(num_nodes - 1, tokens.shape[1]), len(self.tokens)
+        if (choose := on_host("best_candidates", 3, 3, scores)) is not None:
+            batch, all_count = scores.shape
+            order, sorted_scores = torch.empty(batch, count, dtype=torch.int64), torch.empty(batch, count)
+            choose(*map(Tensor.data_ptr, (scores, order, sorted_scores)), batch, all_count, count)
+            nodes = count + 1 if budget is None else budget.nodes(sorted_scores, levels)
+            return _planted(root, tokens, parents, scores, order, nodes, levels)
         order = scores.sort(dim=1, descending=True, stable=True)
         if budget is not None:
-            count = budget.nodes(order.values[:, :count], len(self.tokens)) - 1
+            count = budget.nodes(order.values[:, :count], levels) - 1
         best = order.indices[:, :count].sort(dim=1).values
         # Candidate index -> node index, by rank among the kept; the root (-1) is node 0.
         rank = torch.zeros_like(parents).scatter(1, best, 1).cumsum(1)
@@ -150,8 +174,28 @@ class Candidates:
             torch.cat([root[:, None], tokens.gather(1, best)], dim=1),
             torch.cat([zero, nodes], dim=1),
             torch.cat([zero.to(scores.dtype), scores.gather(1, best)], dim=1),
-            len(self.tokens),
+            levels,
         )
+
+
+def _planted(
+    root: Int[Tensor, " B"],
+    tokens: Int[Tensor, "B M"],
+    parents: Int[Tensor, "B M"],
+    scores: Float[Tensor, "B M"],
+    order: Int[Tensor, "B kept"],
+    nodes: int,
+    levels: int,
+) -> Tree:
+    """Trees of the roots and the first ``nodes`` - 1 candidates in ``order``, by the compiled function."""
+    plant = on_host("plant_trees", 8, 4, scores)
+    assert plant is not None
+    batch, count = tokens.shape
+    found = torch.empty(3, batch, nodes, dtype=torch.int64)
+    kept_scores, ancestors = torch.empty(batch, nodes), torch.empty(batch, nodes, nodes, dtype=torch.bool)
+    tensors = (tokens, parents, scores, root.contiguous(), order, found, kept_scores, ancestors)
+    plant(*map(Tensor.data_ptr, tensors), batch, count, order.shape[1], nodes)
+    return Tree(found[0], found[1], found[2], ancestors, kept_scores, min(levels, nodes - 1))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from confu.config import SamplingConfig
 from confu.rows import rows
-from confu.tree import Tree
+from confu.tree import Tree, on_host
 
 Warper = Callable[[Float[Tensor, "R V"]], Float[Tensor, "R V"]]
 
@@ -52,6 +52,8 @@ def walk(tree: Tree, drawn: Int[Tensor, "B N"], logits: Float[Tensor, "B N V"] |
     How many rows the caches keep is decided on the host. All that it wants to know of a round goes there at once, since
     the device stands still while it is asked.
     """
+    if (walk_down := on_host("walk_trees", 7, 3, tree.scores)) is not None:
+        return _walk_on_host(walk_down, tree, drawn, logits)
     agrees = (tree.tokens == drawn.gather(1, tree.parents)) & tree.valid
     agrees[:, 0] = True
     accepted = (~tree.ancestors | agrees[:, None, :]).all(dim=2) & tree.valid
@@ -83,6 +85,33 @@ def walk(tree: Tree, drawn: Int[Tensor, "B N"], logits: Float[Tensor, "B N V"] |
         ids,
         logprobs_there.contiguous().view(torch.float64).tolist(),
         [tuple(row[:count]) for row, count in zip(ahead_there.tolist(), num_ahead, strict=True)],
+        num_drafted,
+    )
+
+
+def _walk_on_host(
+    walk_down: Callable[..., None], tree: Tree, drawn: Int[Tensor, "B N"], logits: Float[Tensor, "B N V"] | None
+) -> Walk:
+    """The same by the compiled function."""
+    tensors = tree.tokens, tree.parents, tree.depths, tree.scores, drawn
+    held = [tensor.contiguous() for tensor in tensors]
+    (batch, nodes), width = tree.tokens.shape, tree.height + 1
+    numbers, lines = torch.empty(batch, 4, dtype=torch.int64), torch.empty(batch, 3, width, dtype=torch.int64)
+    walk_down(*map(Tensor.data_ptr, (*held, numbers, lines)), batch, nodes, width)
+    counts, num_drafted, num_ahead, _ = (column.tolist() for column in numbers.unbind(1))
+    longest = max(counts)
+    path, told = lines[:, 0, :longest].contiguous(), lines[:, 1, :longest].contiguous()
+    ids = [row[:count] for row, count in zip(told.tolist(), counts, strict=True)]
+    logprobs = rows().log_probs(logits, path, told).tolist() if logits is not None else [[] for _ in counts]
+    return Walk(
+        path,
+        numbers[:, :1] - 1,
+        numbers[:, 3],
+        counts,
+        [[root, *row[:-1]] for root, row in zip(tree.tokens[:, 0].tolist(), ids, strict=True)],
+        ids,
+        logprobs,
+        [tuple(row[:count]) for row, count in zip(lines[:, 2].tolist(), num_ahead, strict=True)],
         num_drafted,
     )
 

@@ -6,7 +6,9 @@ specification, without a cache, a batch or a tree mask.
 """
 
 import math
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
+from unittest.mock import patch
 
 import torch
 from hypothesis import Phase
@@ -22,6 +24,19 @@ NO_SHRINK = (Phase.explicit, Phase.generate)  # for tests that run a model: minu
 
 
 # ---------------------------------------------------------------- tiny models
+
+
+@contextmanager
+def in_torch():
+    """Trees, walks and caches as on devices that `trees.cpp` does not serve."""
+    with ExitStack() as stack:
+        for name in ("confu.tree.on_host", "confu.verify.on_host", "confu.cache.compiled"):
+            stack.enter_context(patch(name, lambda *name: None))
+        yield
+
+
+CODES = (nullcontext, in_torch)
+"""As compiled, and in torch."""
 
 
 def build_model(vocab_size: int = 64, *, seed: int = 0, spread: float = 0.3, **options) -> LlamaForCausalLM:

@@ -177,6 +177,7 @@ def check_cache(cache, model, sequences) -> None:
         naive.assert_close(cache.values[:, b, :, own], values)
 
 
+@pytest.mark.parametrize("code", naive.CODES)
 @settings(max_examples=20, phases=naive.NO_SHRINK)
 @given(
     data=st.data(),
@@ -186,7 +187,7 @@ def check_cache(cache, model, sequences) -> None:
     capacity=st.sampled_from([1, 64]),
 )
 def test_cache_after_any_accepted_path_is_that_of_a_fresh_forward(
-    model, target, contemplation, data, batch, num_nodes, num_con, capacity
+    model, target, contemplation, code, data, batch, num_nodes, num_con, capacity
 ):
     sequences = random_prompts(data, batch)
     cache, _ = prefilled(target, sequences, contemplation, capacity=capacity)
@@ -203,7 +204,8 @@ def test_cache_after_any_accepted_path_is_that_of_a_fresh_forward(
         counts = [len(line) for line in lines]
         spare = [[i for i in range(num_nodes) if i not in line] for line in lines]
         path = torch.tensor([(line + rest)[: max(counts)] for line, rest in zip(lines, spare, strict=True)])
-        cache.keep(path, counts)
+        with code():
+            cache.keep(path, counts)
         sequences = [
             (*sequence, *(tree.tokens[b, i].item() for i in line))
             for b, (sequence, line) in enumerate(zip(sequences, lines, strict=True))

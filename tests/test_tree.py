@@ -55,6 +55,12 @@ def check_layout(tree: Tree) -> None:
             assert tree.depths[b, node] == len(line) - 1
 
 
+@pytest.fixture(autouse=True, params=naive.CODES)
+def _code(request):
+    with request.param():
+        yield
+
+
 shapes = {
     "depth": st.integers(1, 5),
     "topk": st.integers(1, 6),

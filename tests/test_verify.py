@@ -67,9 +67,10 @@ def best_ahead(tree: Tree, row: int, end: int) -> tuple[int, ...]:
     return max(paths)[2] if paths else ()
 
 
+@pytest.mark.parametrize("code", naive.CODES)
 @settings(max_examples=150)
 @given(tree=trees(), data=st.data())
-def test_walk_follows_the_drawn_tokens(tree, data):
+def test_walk_follows_the_drawn_tokens(code, tree, data):
     batch, num_nodes = tree.tokens.shape
     drawn = torch.tensor([[data.draw(st.integers(0, 4)) for _ in range(num_nodes)] for _ in range(batch)])
     for node in range(1, num_nodes):  # agree often enough that long paths happen
@@ -77,7 +78,8 @@ def test_walk_follows_the_drawn_tokens(tree, data):
             if tree.valid[b, node] and data.draw(st.booleans()):
                 drawn[b, tree.parents[b, node]] = tree.tokens[b, node]
     logits = torch.randn(batch, num_nodes, 5, generator=torch.Generator().manual_seed(0))
-    step = walk(tree, drawn, logits)
+    with code():
+        step = walk(tree, drawn, logits)
     for b in range(batch):
         line, bonus = follow(tree, b, drawn[b].tolist())
         assert step.tokens[b] == tree.tokens[b, line].tolist()
@@ -94,9 +96,11 @@ def test_walk_follows_the_drawn_tokens(tree, data):
     assert step.path.shape[1] == max(step.counts)
 
 
-def test_padding_is_never_accepted_though_its_token_was_drawn():
+@pytest.mark.parametrize("code", naive.CODES)
+def test_padding_is_never_accepted_though_its_token_was_drawn(code):
     tree = chain(torch.tensor([3, 3]), torch.tensor([[3, 3], [3, 3]]), torch.tensor([2, 0]))
-    step = walk(tree, torch.full((2, 3), 3))
+    with code():
+        step = walk(tree, torch.full((2, 3), 3))
     assert step.counts == [3, 1]
     assert step.bonus.tolist() == [3, 3]
 
