@@ -174,7 +174,8 @@ def batch(models: Models, args: argparse.Namespace) -> Iterator[Row]:
             tree = TreeConfig(nodes=nodes, depth=depth, topk=min(nodes, 10), contemplate=args.contemplate)
             decoders[name, tree, False] = Decoder(drafted.target, drafted.drafter, drafted.tokenizer, tree)
         if isinstance(drafted.drafter, TreeDrafter):
-            costs, tree = measure(drafted, drafted.drafter), TreeConfig(64, 8, 10, args.contemplate)
+            tree = TreeConfig(64, 8, 10, args.contemplate)
+            costs = measure(drafted, drafted.drafter, {tree.topk})[tree.topk]
             decoders[name, tree, True] = Decoder(drafted.target, drafted.drafter, drafted.tokenizer, tree, costs)
     prompts, stats = list(models.prompts.values()), {}
 

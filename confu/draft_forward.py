@@ -32,11 +32,12 @@ class DraftForward:
         self.config, self.target_ids = draft.config, draft.target_ids()
         self.contemplation = draft.contemplation.without_heads() if draft.contemplation is not None else None
         self._rotary = draft.rotary
-        quantization = quantization or fast_quantization(draft.lm_head.weight)
-        self._fc, self._head = fused([draft.fc], quantization), fused([draft.lm_head], quantization)
+        rough = fast_quantization(draft.lm_head.weight)
+        quantization = quantization or ("int8" if rough else None)
+        self._fc, self._head = fused([draft.fc], quantization), fused([draft.lm_head], rough or quantization)
         self._layer = LayerWeights(
             layer,
-            quantization,
+            rough or quantization,
             num_heads=self.config.num_attention_heads,
             num_groups=self.config.num_key_value_heads,
             head_dim=self.config.head_dim,
@@ -50,6 +51,7 @@ class DraftForward:
         self.native = NativeDraft.of(
             self._layer,
             self._head,
+            self._looks,
             self._hidden_norm,
             self._norm,
             self.target_ids,
@@ -69,10 +71,9 @@ class DraftForward:
             return None
         return self.contemplation.future_fc(normed_states(future, self.config.rms_norm_eps))
 
-    def look(self, future: Float[Tensor, "B R D4"] | None) -> Float[Tensor, "B R SD"] | None:
-        if future is None or self._looks is None:
-            return None
-        return self._looks(normed_states(future, self.config.rms_norm_eps))
+    def looked_at(self, future: Float[Tensor, "B R D4"] | None) -> Float[Tensor, "B R D3"] | None:
+        """What W_j reads of f."""
+        return None if future is None or self._looks is None else normed_states(future, self.config.rms_norm_eps)
 
     def project(
         self,
@@ -139,14 +140,17 @@ class DraftForward:
         hidden, normed = rows().add_norm(hidden, self._layer.out(attended), self._layer.mlp_norm, self._layer.eps)
         return hidden + self._layer.down(rows().gate(self._layer.gate_up(normed)))
 
+    def places(self, steps: Int[Tensor, "B levels"]) -> Int[Tensor, "B levels"]:
+        """Which W_j serves rows that are so many ``steps`` from the anchor."""
+        return steps.clamp(max=self.config.future_steps - 1)
+
     def ahead(
-        self, looked: Float[Tensor, "B 1 SD"] | None, steps: Int[Tensor, "B levels"]
+        self, states: Float[Tensor, "B 1 D3"] | None, places: Int[Tensor, "B levels"]
     ) -> Float[Tensor, "B levels D"] | None:
-        """What `look` returned for each level of a tree, whose rows are all as many ``steps`` from the anchor."""
-        if looked is None:
+        """W_j f, where f is ``states``, for each level of a tree."""
+        if states is None or self._looks is None:
             return None
-        by_place = looked.unflatten(-1, (self.config.future_steps, -1))[:, 0]  # [B, S, D]
-        return take(by_place, steps.clamp(max=self.config.future_steps - 1))
+        return take(self._looks(states).unflatten(-1, (self.config.future_steps, -1))[:, 0], places)
 
     def logits(self, out: Float[Tensor, "B R D"], ahead: Float[Tensor, "B 1 D"] | None) -> Float[Tensor, "B R U"]:
         """The head on what `DraftModel.read` returns of one level's rows."""

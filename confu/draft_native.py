@@ -39,6 +39,7 @@ class _Draft(ctypes.Structure):
     _fields_ = (
         ("layer", LayerStruct),
         ("head", ProductStruct),
+        ("looks", ProductStruct),
         *((name, ctypes.c_void_p) for name in ("hidden_norm", "norm", "target_ids")),
         ("residual_normed", ctypes.c_int64),
     )
@@ -47,7 +48,8 @@ class _Draft(ctypes.Structure):
 class _Growth(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("depth", "num_soft", "with_soft")),
-        *((name, ctypes.c_void_p) for name in ("embeddings", "lengths", "out", "ahead", "tokens", "parents", "scores")),
+        *((name, ctypes.c_void_p) for name in ("embeddings", "lengths", "out", "future", "steps")),
+        *((name, ctypes.c_void_p) for name in ("tokens", "parents", "scores")),
         ("least", ctypes.c_float),
     )
 
@@ -57,27 +59,30 @@ class NativeDraft:
     pointers: what it is made of has to live as long."""
 
     def __init__(
-        self, layer: LayerWeights, head: Any, hidden_norm: Tensor, norm: Tensor, target_ids: Int[Tensor, " U"],
-        *, residual_normed: bool,
+        self, layer: LayerWeights, head: Any, looks: Any, hidden_norm: Tensor, norm: Tensor,
+        target_ids: Int[Tensor, " U"], *, residual_normed: bool,
     ) -> None:  # fmt: skip
         self._layer_function, self._grow_function = (
             compiled("draft_layer_bf16", 6),
             compiled("grow_bf16", 4, ctypes.c_int64),
         )
-        self._layer, self._kept = layer, (head, hidden_norm, norm, target_ids)
+        self._layer, self._kept = layer, (head, looks, hidden_norm, norm, target_ids)
         pointers = map(pointer, (hidden_norm, norm, target_ids))
-        self._packed = _Draft(packed_layer(layer), packed_product(head), *pointers, residual_normed)
+        packed_looks = ProductStruct() if looks is None else packed_product(looks)
+        self._packed = _Draft(packed_layer(layer), packed_product(head), packed_looks, *pointers, residual_normed)
 
     @classmethod
     def of(
-        cls, layer: LayerWeights, head: Any, hidden_norm: Tensor, norm: Tensor, target_ids: Int[Tensor, " U"],
-        *, residual_normed: bool,
+        cls, layer: LayerWeights, head: Any, looks: Any, hidden_norm: Tensor, norm: Tensor,
+        target_ids: Int[Tensor, " U"], *, residual_normed: bool,
     ) -> NativeDraft | None:  # fmt: skip
-        """None where a weight is kept in another way, or the projections read still more."""
+        """None where a weight is kept in another way, or the projections read still more. ``looks`` are all W_j, if
+        there are any."""
         fits = plain(hidden_norm) and plain(norm) and in_tiles(layer) and by_tiles(head)
+        fits = fits and (looks is None or by_tiles(looks))
         if not fits or layer.qkv.num_inputs != 2 * len(hidden_norm):
             return None
-        return cls(layer, head, hidden_norm, norm, target_ids, residual_normed=residual_normed)
+        return cls(layer, head, looks, hidden_norm, norm, target_ids, residual_normed=residual_normed)
 
     def layer(
         self,
@@ -99,7 +104,8 @@ class NativeDraft:
         embeddings: Float[Tensor, "V D"],
         cache: KVCache,
         out: Float[Tensor, "B D"],
-        ahead: Float[Tensor, "B depth D"] | None,
+        future: Float[Tensor, "B 1 D3"] | None,
+        steps: Int[Tensor, "B depth"],
         turn: Turn,
         *,
         topk: int,
@@ -120,8 +126,9 @@ class NativeDraft:
             layer.eps, scale(layer.head_dim),
         )  # fmt: skip
         place = PlaceStruct(*map(pointer, (cos, sin, None, cache.keys, cache.values, None, None, None)))
-        out, ahead = out.contiguous(), ahead.contiguous() if ahead is not None else None
-        tensors = (embeddings, lengths, out, ahead, tokens, parents, scores)
+        out, steps = out.contiguous(), steps.contiguous()
+        future = future.contiguous() if future is not None else None
+        tensors = (embeddings, lengths, out, future, steps, tokens, parents, scores)
         growth = _Growth(depth, cache.num_soft, with_soft, *map(pointer, tensors), least)
         levels = self._grow_function(*map(ctypes.byref, (self._packed, shape, place, growth)))
         found = (tensor.split(sizes, dim=1)[:levels] for tensor in (tokens, parents, scores))

@@ -143,7 +143,7 @@ class TreeState:
     def __init__(self, cache: KVCache, root: Tensor, out: Tensor) -> None:
         self.cache, self.root, self.out = cache, root, out
         self.third: Tensor | None = None  # [B, 1, D]
-        self.looked: Tensor | None = None  # [B, 1, S D]
+        self.future: Tensor | None = None  # [B, 1, 3 D]
         self.lag = torch.zeros_like(root)[:, None]  # [B, 1]
         self.has_slot = False
 
@@ -158,7 +158,7 @@ class TreeState:
         self.cache.select(sequences)
         self.root, self.out = self.root[sequences], self.out[sequences]
         self.third = self.third[sequences] if self.third is not None else None
-        self.looked = self.looked[sequences] if self.looked is not None else None
+        self.future = self.future[sequences] if self.future is not None else None
         self.lag = self.lag[sequences]
 
 
@@ -231,7 +231,7 @@ class TreeDrafter:
             turn = draft.turn(fused, positions.gather(1, anchor) + 1)
             slot = draft.future_slot(take(accepted.future, last), take(fused, anchor), turn)
             state.cache.write_soft(slot[0][None], slot[1][None])
-        state.looked = draft.look(take(accepted.future, last) if accepted.future is not None else None)
+        state.future = draft.looked_at(take(accepted.future, last) if accepted.future is not None else None)
         third = draft.third_input(accepted.future)
         state.third = take(third, last) if third is not None else None
         return third
@@ -249,13 +249,14 @@ class TreeDrafter:
         zeros = torch.zeros(batch, 1, device=device)
         out = state.out[:, None]  # [B, 1, Df]
         levels = torch.arange(config.depth, device=device)
-        ahead = self.forward.ahead(state.looked, state.lag + levels)
+        places = self.forward.places(state.lag + levels)
         turn = self.forward.turn(out, cache.lengths_tensor()[:, None] + levels)  # [B, depth, head]
         if self.native is not None and batch * topk <= MOST_ROWS:
             least = -1.0 if budget is None else budget.least
             shape = {"topk": topk, "with_soft": state.has_slot, "least": least}
-            return Candidates.of(self.native.grow(self._embeddings, cache, state.out, ahead, turn, **shape))
-        cos, sin = turn
+            given = (self._embeddings, cache, state.out, state.future, places, turn)
+            return Candidates.of(self.native.grow(*given, **shape))
+        ahead, (cos, sin) = self.forward.ahead(state.future, places), turn
         frontier = candidates.add_level(self._children(out, ahead, 0, topk), zeros, zeros.long() - 1)
         width = frontier.tokens.shape[1]
         itself = torch.eye(width, dtype=torch.bool, device=device).expand(batch, -1, -1)

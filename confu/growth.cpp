@@ -16,7 +16,8 @@ struct Growth {
     int64_t depth, num_soft, with_soft;
     const uint16_t* embeddings;  // of all tokens
     const int64_t* lengths;
-    const uint16_t *out, *ahead;  // [batch, width]; [batch, depth, width] or none
+    const uint16_t *out, *future;  // [batch, width]; states of f as W_j reads them [batch, inputs], or none
+    const int64_t* steps;           // from f's anchor to each level [batch, depth]: which W_j
     int64_t *tokens, *parents;
     float *scores, least;  // that a frontier has to promise for a level below it
 };
@@ -34,7 +35,7 @@ class Growing {
     const Growth& g;
     const int64_t k = s.rows, n = s.batch * k, most, known = draft.head.outputs;
     Frontier frontier, next;
-    std::vector<uint16_t> hidden, states, embedded, ahead, cos, sin;
+    std::vector<uint16_t> hidden, states, embedded, looked, ahead, cos, sin;
     std::vector<float> values;
     std::vector<int64_t> places, first_slots, order;
     std::vector<uint8_t> reach, mask;
@@ -42,7 +43,7 @@ class Growing {
 public:
     Growing(const Draft& draft, const Shape& s, const Growth& g)
         : draft(draft), s(s), g(g), most(k + (g.depth - 1) * k * k), frontier(n), next(n), hidden(n * s.width), states(n * s.width),
-          embedded(n * s.width), ahead(g.ahead ? n * s.width : 0), cos(n * s.head_dim), sin(n * s.head_dim),
+          embedded(n * s.width), looked(g.future ? s.batch * s.width : 0), ahead(g.future ? n * s.width : 0), cos(n * s.head_dim), sin(n * s.head_dim),
           values(n * k), places(n * k), first_slots(s.batch), order(k * k), reach(n * g.depth * k) {}
 
     // The children of `rows` rows of each sequence, whose states these are, and the best of them.
@@ -50,9 +51,8 @@ public:
         static thread_local std::vector<uint16_t> logits;
         if (logits.size() < size_t(n * known)) logits.resize(n * known);
         const int64_t count = s.batch * rows, first = level == 0 ? 0 : k + (level - 1) * k * k;
-        for (int64_t i = 0; g.ahead && i < count; i++)
-            std::memcpy(&ahead[i * s.width], g.ahead + (i / rows * g.depth + level) * s.width, s.width * 2);
-        draft_head_bf16(&draft, from, g.ahead ? ahead.data() : nullptr, logits.data(), count, s.width, s.eps);
+        if (g.future) look(level, rows);
+        draft_head_bf16(&draft, from, g.future ? ahead.data() : nullptr, logits.data(), count, s.width, s.eps);
         best_bf16(logits.data(), values.data(), places.data(), count, known, k);
         for (int64_t b = 0; b < s.batch; b++) {
             int64_t* tokens = g.tokens + b * most + first;
@@ -75,6 +75,25 @@ public:
             }
         }
         std::swap(frontier, next);
+    }
+
+    // What f says of a level, for each of its rows: W_j f. The j of most sequences are the same, and only those of levels that are
+    // grown are read.
+    void look(int64_t level, int64_t rows) {
+        std::vector<uint8_t> done(s.batch);
+        for (int64_t b = 0; b < s.batch; b++) {
+            if (done[b]) continue;
+            const int64_t step = g.steps[b * g.depth + level], first = step * s.width;
+            const Product& all = draft.looks;
+            tile_product(g.future, all.weight + first * all.inputs * all.bits / 8, all.scales ? all.scales + first : nullptr, nullptr,
+                         looked.data(), s.batch, all.inputs, s.width, all.bits, all.rounds_rows);
+            for (int64_t c = b; c < s.batch; c++) {
+                if (g.steps[c * g.depth + level] != step) continue;
+                done[c] = 1;
+                for (int64_t i = c * rows; i < (c + 1) * rows; i++)
+                    std::memcpy(&ahead[i * s.width], &looked[c * s.width], s.width * 2);
+            }
+        }
     }
 
     bool deeper() const {

@@ -20,6 +20,7 @@ void share_add_norm_bf16(const uint16_t*, const uint16_t*, const uint16_t*, uint
 void share_rotate_bf16(const uint16_t*, const uint16_t*, const uint16_t*, const uint16_t*, uint16_t*, uint16_t*, uint16_t*,
                        const int64_t*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float);
 void share_gate_bf16(const uint16_t*, uint16_t*, int64_t, int64_t);
+void tile_product(const uint16_t*, const uint8_t*, const float*, const float*, uint16_t*, int64_t, int64_t, int64_t, int64_t, int64_t);
 void best_bf16(const uint16_t*, float*, int64_t*, int64_t, int64_t, int64_t);
 }
 void share_attention(const uint16_t*, const uint16_t*, const uint16_t*, const uint8_t*, uint16_t*, int64_t, int64_t, int64_t, int64_t,
@@ -48,7 +49,7 @@ public:
 struct Product {
     const uint8_t* weight;
     const float *scales, *bias;  // scales of int8
-    int64_t inputs, outputs, bits;
+    int64_t inputs, outputs, bits, rounds_rows;
 };
 
 constexpr int64_t MOST_GATED = 32;  // rows
@@ -84,7 +85,7 @@ struct Place {
 
 struct Draft {
     Layer layer;
-    Product head;
+    Product head, looks;  // looks: all W_j, one below the other, in bfloat16 or int8
     const uint16_t *hidden_norm, *norm;
     const int64_t* target_ids;  // of the tokens that the head knows
     int64_t residual_normed;

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from confu.attention import Attention, scale
 from confu.cache import KVCache
-from confu.linear import Int8Product, TileProduct, fused
+from confu.linear import Int8Product, RoughProduct, TileProduct, fused
 from confu.native import tiles_function
 
 Turn = tuple[Tensor, Tensor]
@@ -34,7 +34,7 @@ PLACE = ("cos", "sin", "mask", "keys", "values", "read_keys", "read_values", "fi
 class ProductStruct(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "scales", "bias")),
-        *((name, ctypes.c_int64) for name in ("inputs", "outputs", "bits")),
+        *((name, ctypes.c_int64) for name in ("inputs", "outputs", "bits", "rounds_rows")),
     )
 
 
@@ -153,7 +153,7 @@ def plain(norm: Tensor | None) -> bool:
 
 
 def by_tiles(product: Any) -> bool:
-    return isinstance(product, TileProduct) or (isinstance(product, Int8Product) and product.by_tiles)
+    return isinstance(product, TileProduct | RoughProduct) or (isinstance(product, Int8Product) and product.by_tiles)
 
 
 def packed_layer(layer: LayerWeights) -> LayerStruct:
@@ -165,7 +165,8 @@ def packed_layer(layer: LayerWeights) -> LayerStruct:
 
 def packed_product(product: Any) -> ProductStruct:
     pointers = map(pointer, (product.weight, product.scales, product.bias))
-    return ProductStruct(*pointers, product.num_inputs, product.num_outputs, product.bits)
+    sizes = (product.num_inputs, product.num_outputs, product.bits, product.rounds_rows)
+    return ProductStruct(*pointers, *sizes)
 
 
 def pointer(tensor: Tensor | None) -> int | None:

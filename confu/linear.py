@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from confu.native import tiles_function
 
 QUANTIZATIONS = ("int8",)
+ROUGH = "rough"  # drafts' own
 USUAL_ROWS = 16  # the layout is chosen for about so many; any number works
 TILE = 16
 BLOCK_BYTES = {4: TILE * TILE + 4 * TILE, 8: 2 * TILE * TILE + 2 * TILE}  # of a tile, by the bits of a weight
@@ -67,7 +68,7 @@ class Int8Product(nn.Module):
         self.num_outputs, self.num_inputs = weight.shape
         rounded, self.scales = quantize(weight.detach())
         self.bias = None if bias is None else bias.detach().float()
-        self.by_tiles = _fits_tiles(weight)
+        self.by_tiles, self.rounds_rows = _fits_tiles(weight), False
         if self.by_tiles:
             # tiles of outputs, of inputs, outputs, the two of a pair of inputs, pairs
             tiles = rounded.view(len(weight) // TILE, TILE, -1, TILE, 2).permute(0, 2, 1, 4, 3)
@@ -83,10 +84,27 @@ class Int8Product(nn.Module):
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 
 
+class RoughProduct(nn.Module):
+    """The same with rows rounded, too, each by a scale of its own, so that whole numbers are multiplied: in less time,
+    for drafts, which need not say the same in another order (CPU with AMX; K a multiple of 64)."""
+
+    bits, rounds_rows = 8, True
+
+    def __init__(self, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None = None) -> None:
+        super().__init__()
+        self.num_outputs, self.num_inputs = weight.shape
+        rounded, self.scales = quantize(weight.detach())
+        self.weight = rounded.view(len(weight) // TILE, TILE, -1, 4 * TILE).transpose(1, 2).contiguous()
+        self.bias = None if bias is None else bias.detach().float()
+
+    def forward(self, x: Float[Tensor, "*rows K"]) -> Float[Tensor, "*rows N"]:
+        return _multiply_tiles(self, x)
+
+
 class TileProduct(nn.Module):
     """The same with W in bfloat16, laid out in AMX tiles (CPU): as it is, or in blocks of fewer ``bits``."""
 
-    scales = None
+    scales, rounds_rows = None, False
 
     def __init__(self, tiles: Tensor, bits: int, bias: Float[Tensor, " N"] | None) -> None:
         super().__init__()
@@ -122,7 +140,9 @@ class TileProduct(nn.Module):
         return _multiply_tiles(self, x)
 
 
-def _multiply_tiles(product: Int8Product | TileProduct, x: Float[Tensor, "*rows K"]) -> Float[Tensor, "*rows N"]:
+def _multiply_tiles(
+    product: Int8Product | RoughProduct | TileProduct, x: Float[Tensor, "*rows K"]
+) -> Float[Tensor, "*rows N"]:
     function = _tile_function()
     assert function is not None
     assert x.dtype == torch.bfloat16
@@ -139,6 +159,7 @@ def _multiply_tiles(product: Int8Product | TileProduct, x: Float[Tensor, "*rows 
         product.num_inputs,
         product.num_outputs,
         product.bits,
+        product.rounds_rows,
     )
     return out
 
@@ -159,6 +180,8 @@ def product(
 
     Raises ValueError for a quantization off the CPU.
     """
+    if quantization == ROUGH:
+        return RoughProduct(weight, bias) if _fits_tiles(weight, 4 * TILE) else product(weight, bias, "int8")
     check_quantization(quantization, weight.device)
     if quantization == "int8":
         return Int8Product(weight, bias)
@@ -168,8 +191,8 @@ def product(
 
 
 def fast_quantization(weight: Tensor) -> str | None:
-    """The rounding by which weights like this one are read in less time here, if there is one."""
-    return "int8" if _fits_tiles(weight) else None
+    """The rounding by which a draft's weights like this one are read in least time here, if there is one."""
+    return ROUGH if _fits_tiles(weight) else None
 
 
 def fused(linears: list[Any], quantization: str | None) -> nn.Module:
@@ -203,16 +226,16 @@ def check_quantization(quantization: str | None, device: torch.device | str) -> 
         raise ValueError(f"quantization {quantization} has kernels for the CPU only, not for {device}.")
 
 
-def _fits_tiles(weight: Tensor) -> bool:
-    """Whether W can lie in tiles, and this machine multiplies by them."""
-    fits = weight.shape[0] % TILE == 0 and weight.shape[1] % (2 * TILE) == 0
+def _fits_tiles(weight: Tensor, inputs: int = 2 * TILE) -> bool:
+    """Whether W can lie in tiles of so many ``inputs``, and this machine multiplies by them."""
+    fits = weight.shape[0] % TILE == 0 and weight.shape[1] % inputs == 0
     return weight.dtype == torch.bfloat16 and weight.is_cpu and fits and _tile_function() is not None
 
 
 @functools.cache
 def _tile_function() -> Callable[..., None] | None:
     """The compiled product, where it can run."""
-    return tiles_function("tile_product", [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 4)
+    return tiles_function("tile_product", [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 5)
 
 
 def _can_pack(weight: Tensor) -> bool:

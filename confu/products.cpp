@@ -16,17 +16,31 @@
 
 namespace {
 
-constexpr int64_t WEIGHTS = TILE * PAIRS;  // of a tile
+constexpr int64_t WEIGHTS = TILE * PAIRS;  // of a tile in bfloat16
 constexpr int64_t BLOCKS = 4;              // tiles of rows that share what is read of a weight
 constexpr int64_t AHEAD = 4, RING = 8;     // tiles are widened so many before they are needed, into so many places,
 constexpr int64_t FETCH = 64;              // and asked of memory so many before
 
-// A tile in memory is BYTES long; `widen` writes 16 outputs of 32 inputs each in bfloat16.
+// A tile in memory is BYTES long; `widen` writes 16 outputs of 32 inputs each in bfloat16. Where there is NOTHING to widen the
+// processor reads them from where they lie.
 
-// They are bfloat16: read from where they lie.
+// They are bfloat16.
 struct Wide {
-    static constexpr int64_t BYTES = 2 * WEIGHTS;
+    static constexpr int64_t BYTES = 2 * WEIGHTS, INPUTS = PAIRS;
+    static constexpr bool NOTHING = true, WHOLE_ROWS = false;
     static void widen(const uint8_t*, uint16_t*) {}
+};
+
+// Whole numbers up to 127 by rows that are rounded to such, too, which no target's are.
+struct Rough {
+    static constexpr int64_t BYTES = 2 * WEIGHTS, INPUTS = 2 * PAIRS;
+    static constexpr bool NOTHING = true, WHOLE_ROWS = true;
+    static void widen(const uint8_t*, uint16_t*) {}
+};
+
+struct Widened {
+    static constexpr int64_t INPUTS = PAIRS;
+    static constexpr bool NOTHING = false, WHOLE_ROWS = false;
 };
 
 inline __m512 widen_bytes(const uint8_t* from) {
@@ -34,7 +48,7 @@ inline __m512 widen_bytes(const uint8_t* from) {
 }
 
 // Whole numbers up to 127, which are exact in bfloat16: of each output first those for even inputs, then for odd ones.
-struct Whole {
+struct Whole : Widened {
     static constexpr int64_t BYTES = WEIGHTS;
 
     // As float32, whose upper half is all there is of them; pairs of these halves.
@@ -61,7 +75,7 @@ struct Halves {
 
 // Blocks of 32 inputs: number x step + least of each output (GGUF's Q4_1, and Q4_0 with a least of -8 steps). Of four outputs 16
 // bits for each input, the first output's number lowest; then all steps, all leasts, in float16.
-struct Block4 {
+struct Block4 : Widened {
     static constexpr int64_t BYTES = WEIGHTS / 2 + 4 * TILE;
 
     // The 16 values of each of two outputs' blocks make a table, in which their numbers are looked up: the second's with a bit set.
@@ -87,7 +101,7 @@ struct Block4 {
 };
 
 // Blocks of 32 inputs: number x step of each output (GGUF's Q8_0): the numbers of each output, then all steps in float16.
-struct Block8 {
+struct Block8 : Widened {
     static constexpr int64_t BYTES = WEIGHTS + 2 * TILE;
 
     static void widen(const uint8_t* from, uint16_t* to) {
@@ -100,8 +114,15 @@ struct Block8 {
     }
 };
 
-// COLUMNS times 16 outputs, `next` bytes from each other, of up to COUNT times 16 rows, whose tiles of 32 inputs lie one behind the
-// other: sums [COLUMNS, COUNT, 16 outputs, 16 rows]. A sum waits for the one before it, so at least two are on their way at a time.
+// The processor's tiles are named by literals.
+#define ADD(SUM, WEIGHT, ROWS)              \
+    if constexpr (Format::WHOLE_ROWS)       \
+        _tile_dpbssd(SUM, WEIGHT, ROWS);    \
+    else                                    \
+        _tile_dpbf16ps(SUM, WEIGHT, ROWS);
+
+// COLUMNS times 16 outputs, `next` bytes from each other, of up to COUNT times 16 rows, whose tiles lie one behind the other: sums
+// [COLUMNS, COUNT, 16 outputs, 16 rows]. A sum waits for the one before it, so at least two are on their way at a time.
 template <typename Format, int COUNT, int COLUMNS>
 void multiply(const uint16_t* x, const uint8_t* weight, int64_t next, int64_t tiles, uint16_t* ring, float* sums) {
     static_assert(COUNT <= 4 && COUNT * COLUMNS <= 4 && COLUMNS <= 2);
@@ -112,7 +133,7 @@ void multiply(const uint16_t* x, const uint8_t* weight, int64_t next, int64_t ti
         if constexpr (COLUMNS > 1) Format::widen(weight + next + k * Format::BYTES, place(k, 1));
     };
     const auto wide = [&](int64_t k, int64_t column) -> const void* {
-        if constexpr (std::is_same_v<Format, Wide>) return weight + column * next + k * Format::BYTES;
+        if constexpr (Format::NOTHING) return weight + column * next + k * Format::BYTES;
         return place(k, column);
     };
     _tile_zero(0);
@@ -129,25 +150,26 @@ void multiply(const uint16_t* x, const uint8_t* weight, int64_t next, int64_t ti
         _tile_loadd(6, wide(k, 0), 64);
         if constexpr (COLUMNS > 1) _tile_loadd(7, wide(k, 1), 64);
         _tile_loadd(4, rows, 64);
-        _tile_dpbf16ps(0, 6, 4);
-        if constexpr (COLUMNS > 1) {
-            if constexpr (COUNT == 1)
-                _tile_dpbf16ps(1, 7, 4);
-            else
-                _tile_dpbf16ps(2, 7, 4);
+        ADD(0, 6, 4)
+        if constexpr (COLUMNS > 1 && COUNT == 1) {
+            ADD(1, 7, 4)
+        } else if constexpr (COLUMNS > 1) {
+            ADD(2, 7, 4)
         }
         if constexpr (COUNT > 1) {
             _tile_loadd(5, rows + stride, 64);
-            _tile_dpbf16ps(1, 6, 5);
-            if constexpr (COLUMNS > 1) _tile_dpbf16ps(3, 7, 5);
+            ADD(1, 6, 5)
+            if constexpr (COLUMNS > 1) {
+                ADD(3, 7, 5)
+            }
         }
         if constexpr (COUNT > 2) {
             _tile_loadd(4, rows + 2 * stride, 64);
-            _tile_dpbf16ps(2, 6, 4);
+            ADD(2, 6, 4)
         }
         if constexpr (COUNT > 3) {
             _tile_loadd(5, rows + 3 * stride, 64);
-            _tile_dpbf16ps(3, 6, 5);
+            ADD(3, 6, 5)
         }
     }
     _tile_stored(0, sums, 64);
@@ -174,48 +196,78 @@ uint16_t* aligned(std::vector<uint16_t>& memory, size_t count) {
 
 constexpr int64_t MOST = 256;  // rows at a time, whose tiles stay in a cache
 
-// The tiles of a thread's own copy of x, transposed: [row tiles, tiles of inputs, 16 pairs of inputs, 16 rows].
-const uint16_t* transposed(const uint16_t* x, int64_t rows, int64_t inputs) {
-    static thread_local std::vector<uint16_t> memory;
-    const int64_t tiles = inputs / PAIRS, all = (rows + TILE - 1) / TILE * tiles;
-    uint16_t* to = aligned(memory, all * WEIGHTS);
-    for (int64_t i = 0; i < all; i++) {
-        const int64_t first = i / tiles * TILE;
-        transpose(reinterpret_cast<const uint32_t*>(x + first * inputs) + i % tiles * TILE, inputs / 2, rows - first,
-                  reinterpret_cast<uint32_t*>(to + i * WEIGHTS));
-    }
-    return to;
-}
+// A thread's own copy of some rows, as the right operand of tiles: [row tiles, tiles of inputs, 16 pairs of inputs, 16 rows], or
+// fours of inputs, and then the rows' steps.
+template <typename Format> struct Rows {
+    const uint16_t* tiles;
+    const float* steps = nullptr;
 
-// 16 outputs of 16 rows, times their scales and plus their bias, if there are any.
+    Rows(const uint16_t* x, int64_t rows, int64_t inputs) {
+        static thread_local std::vector<uint16_t> memory, whole_memory;
+        static thread_local std::vector<float> its_steps;
+        const int64_t count = inputs / Format::INPUTS, padded = (rows + TILE - 1) / TILE * TILE;
+        uint16_t* to = aligned(memory, padded / TILE * count * WEIGHTS);
+        tiles = to;
+        const auto* from = reinterpret_cast<const uint32_t*>(x);  // 16 of them make a row of a tile
+        if constexpr (Format::WHOLE_ROWS) {
+            its_steps.resize(padded);
+            steps = its_steps.data();
+            auto* whole = reinterpret_cast<int8_t*>(aligned(whole_memory, rows * inputs / 2));
+            for (int64_t i = 0; i < rows; i++) its_steps[i] = rounded_row(x + i * inputs, inputs, whole + i * inputs);
+            from = reinterpret_cast<const uint32_t*>(whole);
+        }
+        for (int64_t first = 0; first < rows; first += TILE)
+            for (int64_t k = 0; k < count; k++, to += WEIGHTS)
+                transpose(from + (first * count + k) * TILE, count * TILE, rows - first, reinterpret_cast<uint32_t*>(to));
+    }
+
+    // Whole numbers up to 127, and what times them the row is about.
+    static float rounded_row(const uint16_t* x, int64_t inputs, int8_t* to) {
+        const auto wide = [&](int64_t i) {
+            const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
+            return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+        };
+        __m512 most = _mm512_set1_ps(1e-30f);
+        for (int64_t i = 0; i < inputs; i += TILE) most = _mm512_max_ps(most, _mm512_abs_ps(wide(i)));
+        const float largest = _mm512_reduce_max_ps(most);
+        const __m512 by = _mm512_set1_ps(127 / largest);
+        for (int64_t i = 0; i < inputs; i += TILE)
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(wide(i), by))));
+        return largest / 127;
+    }
+};
+
+// 16 outputs of 16 rows, times their scales and the rows' steps, plus their bias, if there are any.
 struct Result {
     alignas(64) uint32_t turned[TILE * TILE];
+    const float* steps;
     __m512 by, plus;
 
-    Result(const Product& p, int64_t output, float* sums)
-        : by(p.scales ? _mm512_loadu_ps(p.scales + output) : _mm512_set1_ps(1)),
+    Result(const Product& p, int64_t output, const float* steps, float* sums)
+        : steps(steps), by(p.scales ? _mm512_loadu_ps(p.scales + output) : _mm512_set1_ps(1)),
           plus(p.bias ? _mm512_loadu_ps(p.bias + output) : _mm512_setzero_ps()) {
         transpose(reinterpret_cast<uint32_t*>(sums), TILE, TILE, turned);
     }
     __m256i of_row(int64_t i) const {
-        const __m512 sum = _mm512_castsi512_ps(_mm512_load_si512(turned + i * TILE));
+        const __m512i bits = _mm512_load_si512(turned + i * TILE);
+        const __m512 sum = steps ? _mm512_mul_ps(_mm512_cvtepi32_ps(bits), _mm512_set1_ps(steps[i])) : _mm512_castsi512_ps(bits);
         return __m256i(_mm512_cvtneps_pbh(_mm512_fmadd_ps(sum, by, plus)));
     }
 };
 
 // Of up to MOST rows; the outputs are shared by the threads of a team, which do not wait for each other.
 template <typename Format> void product(const Product& p, const uint16_t* x, uint16_t* out, int64_t rows) {
-    const int64_t tiles = p.inputs / PAIRS, row_tiles = (rows + TILE - 1) / TILE, next = tiles * Format::BYTES;
-    const int64_t together = row_tiles <= 2 ? 2 : 1;  // columns of tiles
-    const bool often = rows > BLOCKS * TILE;          // weights read so often are widened once
+    const int64_t tiles = p.inputs / Format::INPUTS, row_tiles = (rows + TILE - 1) / TILE, next = tiles * Format::BYTES;
+    const int64_t together = row_tiles <= 2 ? 2 : 1;                // columns of tiles
+    const bool once = !Format::NOTHING && rows > BLOCKS * TILE;  // weights read so often are widened once
     static thread_local std::vector<uint16_t> wide_memory;
-    const uint16_t* packed = transposed(x, rows, p.inputs);
+    const Rows<Format> packed(x, rows, p.inputs);
     alignas(64) uint16_t ring[2 * RING * WEIGHTS];
     alignas(64) float sums[BLOCKS * TILE * TILE];
 #pragma omp for schedule(static) nowait
     for (int64_t column = 0; column < p.outputs / TILE; column += together) {
         const uint8_t* from = p.weight + column * next;
-        if (often && !std::is_same_v<Format, Wide>) {
+        if (once) {
             uint16_t* wide = aligned(wide_memory, tiles * WEIGHTS);
             for (int64_t k = 0; k < tiles; k++) Format::widen(from + k * Format::BYTES, wide + k * WEIGHTS);
             from = reinterpret_cast<const uint8_t*>(wide);
@@ -223,14 +275,14 @@ template <typename Format> void product(const Product& p, const uint16_t* x, uin
         const int64_t columns = p.outputs / TILE - column < together ? p.outputs / TILE - column : together;
         for (int64_t first = 0; first < row_tiles; first += BLOCKS) {
             const int64_t count = row_tiles - first < BLOCKS ? row_tiles - first : BLOCKS;
-            const uint16_t* operand = packed + first * tiles * WEIGHTS;
-            if (often)
+            const uint16_t* operand = packed.tiles + first * tiles * WEIGHTS;
+            if (once)
                 multiply<Wide>(count, columns, operand, from, next, tiles, ring, sums);
             else
                 multiply<Format>(count, columns, operand, from, next, tiles, ring, sums);
             for (int64_t block = 0; block < columns * count; block++) {
                 const int64_t output = (column + block / count) * TILE, row = (first + block % count) * TILE;
-                const Result result(p, output, sums + block * TILE * TILE);
+                const Result result(p, output, packed.steps ? packed.steps + row : nullptr, sums + block * TILE * TILE);
                 for (int64_t i = 0; i < TILE && row + i < rows; i++)
                     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (row + i) * p.outputs + output), result.of_row(i));
             }
@@ -240,8 +292,8 @@ template <typename Format> void product(const Product& p, const uint16_t* x, uin
 
 // Of up to MOST_GATED rows. What one thread makes of a gate and of what it gates never leaves that thread.
 template <typename Format> void gated_product(const Product& p, const uint16_t* x, uint16_t* out, int64_t rows, Ahead& ahead) {
-    const int64_t tiles = p.inputs / PAIRS, count = (rows + TILE - 1) / TILE, width = p.outputs / 2;
-    const uint16_t* packed = transposed(x, rows, p.inputs);
+    const int64_t tiles = p.inputs / Format::INPUTS, count = (rows + TILE - 1) / TILE, width = p.outputs / 2;
+    const Rows<Format> packed(x, rows, p.inputs);
     alignas(64) uint16_t ring[2 * RING * WEIGHTS];
     alignas(64) float sums[BLOCKS * TILE * TILE];
     alignas(64) bf16 gate[TILE * TILE], up[TILE * TILE], gated[TILE * TILE];
@@ -250,9 +302,11 @@ template <typename Format> void gated_product(const Product& p, const uint16_t* 
     for (int64_t output = 0; output < width; output += TILE) {
         ahead.fetch(each);
         const int64_t next = width / TILE * tiles * Format::BYTES;
-        multiply<Format>(count, 2, packed, p.weight + output / TILE * tiles * Format::BYTES, next, tiles, ring, sums);
+        multiply<Format>(count, 2, packed.tiles, p.weight + output / TILE * tiles * Format::BYTES, next, tiles, ring, sums);
         for (int64_t block = 0; block < count; block++) {
-            const Result gates(p, output, sums + block * TILE * TILE), ups(p, width + output, sums + (count + block) * TILE * TILE);
+            const float* steps = packed.steps ? packed.steps + block * TILE : nullptr;
+            const Result gates(p, output, steps, sums + block * TILE * TILE);
+            const Result ups(p, width + output, steps, sums + (count + block) * TILE * TILE);
             const int64_t left = rows - block * TILE < TILE ? rows - block * TILE : TILE;
             for (int64_t i = 0; i < left; i++) {
                 _mm256_store_si256(reinterpret_cast<__m256i*>(gate + i * TILE), gates.of_row(i));
@@ -267,7 +321,9 @@ template <typename Format> void gated_product(const Product& p, const uint16_t* 
 
 // `of` with the format of the weight: in 16 bits as it is, in blocks of 8 or 4, or, with scales, in whole numbers of 8.
 template <typename Function> void by_format(const Product& p, Function of) {
-    if (p.scales)
+    if (p.scales && p.rounds_rows)
+        of(Rough());
+    else if (p.scales)
         of(Whole());
     else if (p.bits == 4)
         of(Block4());
@@ -419,11 +475,11 @@ void share_gated_product(const Product& p, const uint16_t* x, uint16_t* out, int
 }
 
 extern "C" void tile_product(const uint16_t* x, const uint8_t* weight, const float* scales, const float* bias, uint16_t* out,
-                             int64_t rows, int64_t inputs, int64_t outputs, int64_t bits) {
+                             int64_t rows, int64_t inputs, int64_t outputs, int64_t bits, int64_t rounds_rows) {
 #pragma omp parallel
     {
         const Tiles tiles;
-        share_product({weight, scales, bias, inputs, outputs, bits}, x, out, rows);
+        share_product({weight, scales, bias, inputs, outputs, bits, rounds_rows}, x, out, rows);
     }
 }
 
@@ -437,7 +493,7 @@ extern "C" int64_t find_blocks(const uint16_t* weight, uint8_t* out, int64_t out
 void share_product(const Product&, const uint16_t*, uint16_t*, int64_t) {}
 void share_gated_product(const Product&, const uint16_t*, uint16_t*, int64_t, Ahead) {}
 extern "C" void tile_product(const uint16_t*, const uint8_t*, const float*, const float*, uint16_t*, int64_t, int64_t, int64_t,
-                             int64_t) {}
+                             int64_t, int64_t) {}
 extern "C" int64_t find_blocks(const uint16_t*, uint8_t*, int64_t, int64_t, int64_t) { return 0; }
 
 #endif

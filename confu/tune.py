@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
+import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -47,7 +48,7 @@ ACCEPTED = 3  # tokens that a round's commit reads
 LEVELS = (1, 5)
 REPEATS = 7
 SAME = 0.02  # of a speed-up, what two measurements of the same differ by
-PASSES = 2  # of the prompts: limits differ by a few per cent, which one pass does not tell apart
+PASSES = 4  # of the prompts: limits differ by a few per cent, which fewer do not tell apart
 TREES = (
     TreeConfig(nodes=64, depth=8, topk=10),
     TreeConfig(nodes=64, depth=8, topk=6),
@@ -100,7 +101,7 @@ def tune(
     if not isinstance(decoder.drafter, TreeDrafter):
         raise ValueError(ONLY_TRAINED)
     progress("measuring costs", None)
-    costs = measure(decoder, decoder.drafter)
+    costs = measure(decoder, decoder.drafter, {tree.topk for tree in (*TREES, TreeConfig())})
     named = [("default tree", TreeConfig(), False)]
     contemplates = decoder.drafter.contemplation is not None
     for tree in TREES:
@@ -116,7 +117,7 @@ def tune(
         more = _trials(decoder, costs, named, prompts, max_new_tokens, progress)
         _, tree = _fastest(more)
         trials += more[1:]  # plain decoding is there
-    return Tuning(tree, costs, tuple(trials))
+    return Tuning(tree, costs[tree.topk], tuple(trials))
 
 
 def _fastest(trials: list[Trial]) -> tuple[Trial, TreeConfig]:
@@ -129,7 +130,7 @@ def _fastest(trials: list[Trial]) -> tuple[Trial, TreeConfig]:
 
 def _trials(
     decoder: Decoder,
-    costs: Costs,
+    costs: Mapping[int, Costs],
     named: list[tuple[str, TreeConfig, bool]],
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
@@ -140,7 +141,8 @@ def _trials(
     target, tokenizer, count = decoder.target, decoder.tokenizer, len(prompts)
     decoders = [Decoder(target, None, tokenizer)]
     decoders += [
-        Decoder(target, decoder.drafter, tokenizer, tree, costs if adaptive else None) for _, tree, adaptive in named
+        Decoder(target, decoder.drafter, tokenizer, tree, costs[tree.topk] if adaptive else None)
+        for _, tree, adaptive in named
     ]
     sampling = SamplingConfig(max_new_tokens=max_new_tokens)
     found: list[list[Stats]] = [[] for _ in decoders]
@@ -174,10 +176,10 @@ def _trials(
 
 
 @torch.inference_mode()
-def measure(decoder: Decoder, drafter: TreeDrafter) -> Costs:
-    """The cost model of this machine: medians, all kinds and sizes in turns, so that a moment's disturbance hits all of
-    them, and none much. Each is measured behind what precedes it in a round, and finds in the processor's caches what
-    it finds there."""
+def measure(decoder: Decoder, drafter: TreeDrafter, topks: Collection[int]) -> dict[int, Costs]:
+    """The cost model of this machine for trees of each top-k: medians, all kinds and sizes in turns, so that a moment's
+    disturbance hits all of them, and none much. Each is measured behind what precedes it in a round, and finds in the
+    processor's caches what it finds there."""
     target = decoder.target
     prefix = min(PREFIX, target.max_positions - 1)
     tokens = (torch.arange(prefix, device=target.device) % target.vocab_size)[None]
@@ -194,8 +196,8 @@ def measure(decoder: Decoder, drafter: TreeDrafter) -> Costs:
 
     states = {batch: _committed(drafter, batch) for batch in BATCHES}
 
-    def grow(batch: int, depth: int) -> None:
-        drafter.grow(states[batch][0], TreeConfig(nodes=64, depth=depth))
+    def grow(batch: int, topk: int, depth: int) -> None:
+        drafter.grow(states[batch][0], TreeConfig(nodes=64, depth=depth, topk=topk))
 
     def commit(batch: int) -> None:
         state, accepted = states[batch]
@@ -204,7 +206,7 @@ def measure(decoder: Decoder, drafter: TreeDrafter) -> Costs:
 
     def draft() -> None:
         commit(1)
-        grow(1, first)
+        grow(1, max(topks), first)
 
     first, last = LEVELS
     runs: dict[Any, tuple[Callable[[], None], Callable[[], None]]] = {
@@ -213,14 +215,18 @@ def measure(decoder: Decoder, drafter: TreeDrafter) -> Costs:
     for batch in BATCHES:
         verified = partial(verify, max(batch, USUAL_ROWS))
         runs["commit", batch] = verified, partial(commit, batch)
-        runs |= {("grow", batch, depth): (verified, partial(grow, batch, depth)) for depth in LEVELS}
+        for topk, depth in itertools.product(topks, LEVELS):
+            runs["grow", batch, topk, depth] = verified, partial(grow, batch, topk, depth)
     took = _medians(runs, target.device)
-    level = {b: max(0.0, took["grow", b, last] - took["grow", b, first]) / (last - first) for b in BATCHES}
-    return Costs(
-        tuple((rows, took["verify", rows]) for rows in ROWS),
-        tuple(level.items()),
-        tuple((batch, took["commit", batch] + took["grow", batch, first]) for batch in BATCHES),
-    )
+
+    def of(topk: int) -> Costs:
+        shallow, deep = ([took["grow", batch, topk, depth] for batch in BATCHES] for depth in LEVELS)
+        level = [max(0.0, b - a) / (last - first) for a, b in zip(shallow, deep, strict=True)]
+        commit = [took["commit", batch] + a for batch, a in zip(BATCHES, shallow, strict=True)]
+        verify = tuple((rows, took["verify", rows]) for rows in ROWS)
+        return Costs(verify, tuple(zip(BATCHES, level, strict=True)), tuple(zip(BATCHES, commit, strict=True)))
+
+    return {topk: of(topk) for topk in topks}
 
 
 def _committed(drafter: TreeDrafter, batch: int) -> tuple[Any, Accepted]:

@@ -21,6 +21,7 @@ from confu.linear import (
     Int8Product,
     PackedProduct,
     Product,
+    RoughProduct,
     TileProduct,
     check_quantization,
     pack_linears,
@@ -211,9 +212,48 @@ def test_a_drafts_weights_are_rounded_where_that_is_faster():
     for dtype in (torch.float32, torch.bfloat16):
         forward = DraftForward(read_network("smollm2-135m-eagle3", dtype, "cpu"))
         layer = forward._layer
-        kinds = set(map(type, (forward._fc, forward._head, layer.qkv, layer.out, layer.gate_up, layer.down)))
+        kinds = set(map(type, (forward._head, layer.qkv, layer.out, layer.gate_up, layer.down)))
         faster = dtype == torch.bfloat16 and linear._tile_function() is not None
-        assert kinds == {Int8Product if faster else PackedProduct}
+        assert kinds == {RoughProduct if faster else PackedProduct}
+        assert type(forward._fc) is (Int8Product if faster else PackedProduct)
+
+
+@needs_tiles
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("shape", [(96, 64), (16, 128), (512, 1536)])
+@pytest.mark.parametrize("num_rows", [1, 15, 16, 17, 33, 64, 65, 130, 300])
+def test_a_rough_product_is_that_of_whole_numbers(with_bias, shape, num_rows):
+    weight = random(*shape).bfloat16()
+    bias = random(shape[0], seed=1).bfloat16() if with_bias else None
+    layer = product(weight, bias, linear.ROUGH)
+    assert isinstance(layer, RoughProduct)
+    whole, scales = quantize(weight)
+    rounded = whole.double() * scales.double()[:, None]
+    shift = 0 if bias is None else bias.double()
+
+    # rows that are whole numbers already, times a power of two: nothing is lost but in the end
+    x = (50 * random(num_rows, shape[1], seed=2)).round().clamp(-127, 127)
+    x[:, 0] = 127
+    x = (x * 2.0 ** torch.arange(-3, 4)[torch.arange(num_rows) % 7, None]).bfloat16()
+    ours, expected = layer(x[None])[0], x.double() @ rounded.T + shift
+    assert (ours.dtype, ours.shape) == (x.dtype, expected.shape)
+    size = x.double().abs() @ rounded.abs().T
+    assert ((ours.double() - expected).abs() <= 1e-6 * size + torch.finfo(x.dtype).eps * expected.abs()).all()
+
+    # any rows: each number by half a step at most
+    x = (random(num_rows, shape[1], seed=3) * torch.logspace(-4, 4, num_rows)[:, None]).bfloat16()
+    x[num_rows // 2] = 0
+    ours, expected = layer(x), x.double() @ rounded.T + shift
+    steps = x.double().abs().amax(1, keepdim=True) / 127
+    off = 0.501 * steps * rounded.abs().sum(1) + torch.finfo(x.dtype).eps * expected.abs()
+    assert ((ours.double() - expected).abs() <= off).all()
+    for i in (0, num_rows - 1):
+        assert torch.equal(layer(x[i]), ours[i])  # whatever the rows beside it
+
+
+@needs_tiles
+def test_a_width_that_is_no_multiple_of_64_leaves_rows_as_they_are():
+    assert isinstance(product(random(32, 96).bfloat16(), None, linear.ROUGH), Int8Product)
 
 
 def test_linears_are_replaced_wherever_they_are():

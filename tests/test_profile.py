@@ -30,7 +30,10 @@ from confu.verify import Sampler
 TREE = TreeConfig(nodes=8, depth=3, topk=3)
 PROMPT = [3, 1, 4, 1, 5]
 PLACES = [
-    *((kind, "__call__") for kind in (linear.Product, linear.PackedProduct, linear.Int8Product, linear.TileProduct)),
+    *(
+        (kind, "__call__")
+        for kind in (linear.Product, linear.PackedProduct, linear.Int8Product, linear.RoughProduct, linear.TileProduct)
+    ),
     (Layers, "__call__"),
     (NativeDraft, "layer"),
     (NativeDraft, "grow"),

@@ -128,10 +128,13 @@ def test_a_decoder_measures_positive_growing_costs(target, drafters, monkeypatch
     monkeypatch.setattr(tune, "ROWS", (1, 4, 32))
     monkeypatch.setattr(tune, "BATCHES", (1, 4))
     monkeypatch.setattr(tune, "PREFIX", 24)
-    costs = tune.measure(Decoder(target, drafters["confu-head"]), drafters["confu-head"])
-    assert [rows for rows, _ in costs.verify] == [1, 4, 32]
-    assert all(ms > 0 for _, ms in costs.verify + costs.commit)
-    assert [batch for batch, _ in costs.level] == [1, 4]
+    found = tune.measure(Decoder(target, drafters["confu-head"]), drafters["confu-head"], {2, 5})
+    assert set(found) == {2, 5}
+    for costs in found.values():
+        assert [rows for rows, _ in costs.verify] == [1, 4, 32]
+        assert all(ms > 0 for _, ms in costs.verify + costs.commit)
+        assert [batch for batch, _ in costs.level] == [1, 4]
+    assert found[2].verify == found[5].verify
 
 
 def test_only_trained_drafts_are_tuned(target):

@@ -209,7 +209,7 @@ class Clock:
 def wrapped(decoder: Decoder, wrap: Wrap) -> Iterator[None]:
     """``wrap`` every function of the parts of a round, and put back what was there before."""
     head = getattr(decoder.target.forward_rows, "head", decoder.target.model.get_output_embeddings())
-    kinds = (linear.Product, linear.PackedProduct, linear.Int8Product, linear.TileProduct)
+    kinds = (linear.Product, linear.PackedProduct, linear.Int8Product, linear.RoughProduct, linear.TileProduct)
     products = {kind: (wrap(PRODUCTS, kind.__call__), wrap(LOGITS, kind.__call__)) for kind in kinds}
     places: list[tuple[Any, str, Callable[..., Any]]] = [
         (kind, "__call__", lambda module, x, calls=calls: calls[module is head](module, x))
