@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from confu.config import DraftConfig
+from confu.rows import rows
 
 
 class Mixture(nn.Module):
@@ -27,12 +28,7 @@ class Mixture(nn.Module):
 
     def forward(self, state: Float[Tensor, "*rows width_in"]) -> Float[Tensor, "*rows D"]:
         """Softmax over all experts, then top-K renormalised, is softmax over the K best logits."""
-        # The router reads directions: feature norms differ by orders of magnitude between layers and positions.
-        state = state.float() * torch.rsqrt(state.float().square().mean(-1, keepdim=True) + 1e-6)
-        scores = nn.functional.linear(state, self.router.weight.float())
-        best, index = scores.topk(self.top_experts, dim=-1)
-        weights = torch.zeros_like(scores).scatter(-1, index, best.softmax(dim=-1).to(scores.dtype))
-        return (weights @ self.experts.float()).to(self.experts.dtype)
+        return rows().mix(state, self.router.weight, self.experts, self.top_experts)
 
 
 class Contemplation(nn.Module):

@@ -47,7 +47,7 @@ class DraftForward:
         self._future_norm = layer.future_norm.weight if self.config.future_is("input") else None
         self._looks = None
         if draft.contemplation is not None and self.config.future_is("head"):
-            self._looks = product(draft.contemplation.future_heads.flatten(0, 1), quantization=quantization)
+            self._looks = product(draft.contemplation.future_heads.flatten(0, 1), None, rough or quantization)
         self.native = NativeDraft.of(
             self._layer,
             self._head,

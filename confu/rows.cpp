@@ -3,6 +3,10 @@
 
 #include "numbers.h"
 
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
 namespace {
 
 constexpr int64_t LIGHT = 8192;  // numbers that one thread is done with before a second one has begun
@@ -107,6 +111,38 @@ void log_probs(const T* x, const int64_t* nodes, const int64_t* tokens, float* o
     }
 }
 
+// Of `experts` embeddings [experts, width] the `top` that a state's direction likes best, weighed by softmax over those: state [rows,
+// width_in], router [experts, width_in] -> out [rows, width]
+template <typename T>
+void mix(const T* state, const T* router, const T* embeddings, T* out, int64_t rows, int64_t width_in, int64_t width, int64_t experts,
+         int64_t top) {
+    std::vector<float> normed(width_in), scores(experts), mixed(width);
+    std::vector<int64_t> order(experts);
+    for (int64_t r = 0; r < rows; r++, state += width_in, out += width) {
+        float square = 0;
+        for (int64_t i = 0; i < width_in; i++) square += wide(state[i]) * wide(state[i]);
+        const float by = 1 / std::sqrt(square / width_in + 1e-6f);
+        for (int64_t i = 0; i < width_in; i++) normed[i] = wide(state[i]) * by;
+        for (int64_t e = 0; e < experts; e++) {
+            const T* its = router + e * width_in;
+            float sum = 0;
+            for (int64_t i = 0; i < width_in; i++) sum += normed[i] * wide(its[i]);
+            scores[e] = sum;
+        }
+        std::iota(order.begin(), order.end(), 0);
+        std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return scores[i] > scores[j]; });
+        float total = 0;
+        for (int64_t k = 0; k < top; k++) total += std::exp(scores[order[k]] - scores[order[0]]);
+        std::fill(mixed.begin(), mixed.end(), 0);
+        for (int64_t k = 0; k < top; k++) {
+            const float weight = std::exp(scores[order[k]] - scores[order[0]]) / total;
+            const T* its = embeddings + order[k] * width;
+            for (int64_t i = 0; i < width; i++) mixed[i] += weight * wide(its[i]);
+        }
+        for (int64_t i = 0; i < width; i++) put(out[i], mixed[i]);
+    }
+}
+
 constexpr int64_t BLOCK = 64;  // numbers that are passed over together where none is large enough
 
 // a row's k largest of log_softmax(x), largest first, and where they are; of equal ones the first
@@ -181,6 +217,10 @@ template <typename T> void argmax(const T* x, int64_t* places, int64_t rows, int
     extern "C" void best_##T(const T* x, float* v, int64_t* p, int64_t rows, int64_t n, int64_t k) {                   \
         best(x, v, p, rows, n, k);                                                                                    \
     }                                                                                                                 \
+    extern "C" void mix_##T(const T* x, const T* router, const T* e, T* o, int64_t rows, int64_t width_in, int64_t n,    \
+                            int64_t experts, int64_t top) {                                                            \
+        mix(x, router, e, o, rows, width_in, n, experts, top);                                                         \
+    }                                                                                                                  \
     extern "C" void argmax_##T(const T* x, int64_t* p, int64_t rows, int64_t n) { argmax(x, p, rows, n); }             \
     extern "C" void log_probs_##T(const T* x, const int64_t* q, const int64_t* t, float* o, int64_t batch, int64_t rows,\
                                   int64_t m, int64_t n) {                                                              \

@@ -16,7 +16,7 @@ import functools
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import linear, rms_norm, silu
 
 from confu.cache import KVCache, PrefixCache
 from confu.native import library
@@ -65,6 +65,21 @@ class Rows:
         gate, up = gate_up.chunk(2, dim=-1)
         return silu(gate) * up
 
+    def mix(
+        self,
+        state: Float[Tensor, "*rows width_in"],
+        router: Float[Tensor, "E width_in"],
+        experts: Float[Tensor, "E W"],
+        top: int,
+    ) -> Float[Tensor, "*rows W"]:
+        """The ``top`` of E embeddings that each state is routed to, weighed by softmax over those."""
+        # The router reads directions: feature norms differ by orders of magnitude between layers and positions.
+        state = state.float() * torch.rsqrt(state.float().square().mean(-1, keepdim=True) + 1e-6)
+        scores = linear(state, router.float())
+        best, index = scores.topk(top, dim=-1)
+        weights = torch.zeros_like(scores).scatter(-1, index, best.softmax(dim=-1).to(scores.dtype))
+        return (weights @ experts.float()).to(experts.dtype)
+
     def best(
         self, logits: Float[Tensor, "B R U"], count: int
     ) -> tuple[Float[Tensor, "B R count"], Int[Tensor, "B R count"]]:
@@ -93,6 +108,7 @@ class NativeRows(Rows):
             "add_norm": [pointer] * 5 + [count] * 2 + [number],
             "rotate": [pointer] * 8 + [count] * 6 + [number],
             "gate": [pointer] * 2 + [count] * 2,
+            "mix": [pointer] * 4 + [count] * 5,
             "best": [pointer] * 3 + [count] * 3,
             "argmax": [pointer] * 2 + [count] * 2,
             "log_probs": [pointer] * 4 + [count] * 4,
@@ -167,6 +183,23 @@ class NativeRows(Rows):
         width = gate_up.shape[-1] // 2
         out = gate_up.new_empty(*gate_up.shape[:-1], width)
         self._functions["gate", out.dtype](gate_up.data_ptr(), out.data_ptr(), out.numel() // width, width)
+        return out
+
+    def mix(
+        self,
+        state: Float[Tensor, "*rows width_in"],
+        router: Float[Tensor, "E width_in"],
+        experts: Float[Tensor, "E W"],
+        top: int,
+    ) -> Float[Tensor, "*rows W"]:
+        alike = state.dtype == router.dtype == experts.dtype and router.is_contiguous() and experts.is_contiguous()
+        state = state.contiguous()
+        if not (self._serves(state) and alike) or torch.is_grad_enabled():
+            return super().mix(state, router, experts, top)
+        width_in, (count, width) = state.shape[-1], experts.shape
+        out = state.new_empty(*state.shape[:-1], width)
+        pointers = map(Tensor.data_ptr, (state, router, experts, out))
+        self._functions["mix", state.dtype](*pointers, state.numel() // width_in, width_in, width, count, top)
         return out
 
     def best(

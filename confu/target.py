@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -24,7 +24,7 @@ from confu.cache import KVCache
 from confu.contemplate import Contemplation, tree_rows_mask
 from confu.forward import Forward, ModelForward
 from confu.graphs import GraphForward
-from confu.tree import Tree, take
+from confu.tree import Tree, on_host, take
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 """Rotary embeddings that a draft's layer can have."""
@@ -186,34 +186,48 @@ class Target:
         ``router_state`` is h of the latest accepted token; it chooses the experts of [con].
         """
         num_nodes = tree.tokens.shape[1]
-        lengths = cache.lengths_tensor()[:, None]
-        # Nodes past the end of the context can never be emitted; they only must not break position tables.
-        embeddings, positions = self.embed(tree.tokens), (lengths + tree.depths).clamp(max=self.max_positions - 1)
+        embeddings = self.embed(tree.tokens)
         if contemplation is None or num_con == 0:
-            cache.open_rows(num_nodes)
-            mask = cache.row_mask(tree.ancestors, with_soft=False)
+            _, positions, mask = self._rows(cache, tree, 0)
             logits, features = self.forward_rows(
                 embeddings, positions, mask, cache, self.feature_layers, num_logits=num_nodes
             )
             return Verified(logits, features, None, None)
 
         assert router_state is not None
-        con_nodes = tree.most_probable(num_con)
+        con_nodes, positions, mask = self._rows(cache, tree, min(num_con, num_nodes))
         con = contemplation.con_rows(router_state[:, None], take(embeddings, con_nodes))
-        con_positions = (positions.gather(1, con_nodes) + 1).clamp(max=self.max_positions - 1)
-        rows = tree_rows_mask(tree.ancestors, con_nodes)
-        is_con = torch.arange(rows.shape[1], device=self.device).expand(rows.shape[:2]) >= num_nodes
-        cache.open_rows(rows.shape[1], with_soft=True)
-        logits, states = self.forward_rows(
-            torch.cat([embeddings, con.expand(-1, con_nodes.shape[1], -1)], dim=1),
-            torch.cat([positions, con_positions], dim=1),
-            cache.row_mask(rows, with_soft=is_con),
-            cache,
-            self.future_layers,
-            num_logits=num_nodes,
-        )
+        embeddings = torch.cat([embeddings, con.expand(-1, con_nodes.shape[1], -1)], dim=1)
+        logits, states = self.forward_rows(embeddings, positions, mask, cache, self.future_layers, num_logits=num_nodes)
         features = states[:, :num_nodes, : 3 * self.hidden_size]
         return Verified(logits, features, states[:, num_nodes:], con_nodes)
+
+    def _rows(
+        self, cache: KVCache, tree: Tree, num_con: int
+    ) -> tuple[Int[Tensor, "B C"], Int[Tensor, "B R"], Bool[Tensor, "B R K"]]:
+        """Open the rows of nodes and of the ``num_con`` most probable ones' contemplate rows, which alone see soft
+        prompts: which nodes these follow, where each row stands, and whom it sees."""
+        batch, num_nodes = tree.tokens.shape
+        num_rows, last_position = num_nodes + num_con, self.max_positions - 1
+        cache.open_rows(num_rows, with_soft=num_con > 0)
+        if (lay_out := on_host("lay_out_rows", 7, 6, tree.scores)) is not None:
+            sizes = batch, num_nodes, num_con, cache.num_soft_keys, max(cache.lengths)
+            con_nodes = torch.empty(batch, num_con, dtype=torch.int64)
+            positions = torch.empty(batch, num_rows, dtype=torch.int64)
+            mask = torch.empty(batch, num_rows, sum(sizes[1:]), dtype=torch.bool)
+            tensors = tree.ancestors, tree.scores, tree.depths, cache.lengths_tensor(), con_nodes, positions, mask
+            held = [tensor.contiguous() for tensor in tensors]
+            lay_out(*map(Tensor.data_ptr, held), *sizes, last_position)
+            return con_nodes, positions, mask
+        # Nodes past the end of the context can never be emitted; they only must not break position tables.
+        positions = (cache.lengths_tensor()[:, None] + tree.depths).clamp(max=last_position)
+        con_nodes = tree.most_probable(num_con)
+        if num_con == 0:
+            return con_nodes, positions, cache.row_mask(tree.ancestors, with_soft=False)
+        con_positions = (positions.gather(1, con_nodes) + 1).clamp(max=last_position)
+        rows = tree_rows_mask(tree.ancestors, con_nodes)
+        is_con = torch.arange(num_rows, device=self.device).expand(batch, -1) >= num_nodes
+        return con_nodes, torch.cat([positions, con_positions], dim=1), cache.row_mask(rows, with_soft=is_con)
 
     def teach(
         self, tokens: Int[Tensor, "B T"], cache: KVCache | None

@@ -75,6 +75,37 @@ extern "C" void plant_trees(const int64_t* tokens, const int64_t* parents, const
     }
 }
 
+// The rows of a verification: the nodes, and behind them a contemplate row for each of the `num_con` nodes of highest score
+// (con_nodes [batch, num_con], ascending). positions [batch, nodes + num_con] are no further than `last_position`; mask [batch,
+// nodes + num_con, num_soft + longest + nodes + num_con] says who sees whom: soft prompts, what each sequence holds, the rows.
+extern "C" void lay_out_rows(const uint8_t* ancestors, const float* scores, const int64_t* depths, const int64_t* lengths,
+                             int64_t* con_nodes, int64_t* positions, uint8_t* mask, int64_t batch, int64_t nodes, int64_t num_con,
+                             int64_t num_soft, int64_t longest, int64_t last_position) {
+    const int64_t rows = nodes + num_con, keys = num_soft + longest + rows;
+    std::vector<int64_t> order(nodes);
+    for (int64_t b = 0; b < batch; b++, ancestors += nodes * nodes, scores += nodes, depths += nodes) {
+        int64_t* its_con = con_nodes + b * num_con;
+        if (num_con > 0) {
+            std::iota(order.begin(), order.end(), 0);
+            std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return scores[i] > scores[j]; });
+            std::copy_n(order.begin(), num_con, its_con);
+            std::sort(its_con, its_con + num_con);
+        }
+        for (int64_t row = 0; row < rows; row++) {
+            const bool is_con = row >= nodes;
+            const int64_t node = is_con ? its_con[row - nodes] : row, at = lengths[b] + depths[node];
+            const int64_t at_node = std::min(at, last_position);
+            positions[b * rows + row] = is_con ? std::min(at_node + 1, last_position) : at_node;
+            uint8_t* sees = mask + (b * rows + row) * keys;
+            std::memset(sees, 0, keys);
+            if (is_con) std::memset(sees, 1, num_soft);
+            std::memset(sees + num_soft, 1, lengths[b]);
+            std::memcpy(sees + num_soft + lengths[b], ancestors + node * nodes, nodes);
+            if (is_con) sees[num_soft + lengths[b] + row] = 1;
+        }
+    }
+}
+
 // Down the drawn tokens of every tree: `numbers` [batch, 4] holds how many nodes are accepted, drafted, and on the best path ahead,
 // and the token drawn at the last accepted one; `lines` [batch, 3, width] the accepted nodes before the others, the tokens drawn at
 // them, and the tokens ahead.

@@ -62,6 +62,25 @@ def test_add_norm(native, dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "width", "count", "top"), [((2, 1, 48), 16, 8, 2), ((3, 5, 7), 9, 4, 4), ((1, 1, 1728), 576, 1, 1)]
+)
+def test_mix(native, hollow, dtype, shape, width, count, top):
+    state, router = random(*shape, dtype=dtype), random(count, shape[-1], seed=1, dtype=dtype)
+    experts = random(count, width, seed=2, dtype=dtype)
+    with torch.no_grad():
+        ours, theirs = (r.mix(1000 * state, router, experts, top) for r in (native, Rows()))
+    same([ours], [theirs], steps=200 if dtype == torch.float32 else 1, of=experts.abs().max().item())
+    assert ours.shape == (*shape[:-1], width)
+    with pytest.raises(KeyError), torch.no_grad():
+        hollow.mix(state, router, experts, top)
+    trained = experts.requires_grad_()
+    assert hollow.mix(state, router, trained, top).requires_grad
+    with torch.no_grad():
+        hollow.mix(state.double(), router, experts, top)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_norms", [False, True])
 @pytest.mark.parametrize("one_turn", [False, True])
 @pytest.mark.parametrize(

@@ -78,8 +78,9 @@ LITERAL = [
 ]
 
 
+@pytest.mark.parametrize("code", naive.CODES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_literal_masks_and_positions(target, eager, contemplation, attention):
+def test_literal_masks_and_positions(target, eager, contemplation, attention, code):
     used = target if attention == "sdpa" else eager
     cache, _ = prefilled(used, PROMPTS, contemplation)
     passed = {}
@@ -89,7 +90,8 @@ def test_literal_masks_and_positions(target, eager, contemplation, attention):
         )
         for i, layer in enumerate(used.model.model.layers)
     ]
-    out = used.verify(cache, small_tree(), contemplation, num_con=2, router_state=routers())
+    with code():
+        out = used.verify(cache, small_tree(), contemplation, num_con=2, router_state=routers())
     for hook in hooks:
         hook.remove()
     assert out.con_nodes.tolist() == [[0, 1], [0, 2]]
@@ -146,15 +148,17 @@ def random_prompts(data, batch: int) -> list[tuple[int, ...]]:
     return [tuple(data.draw(st.lists(st.integers(0, 63), min_size=1, max_size=7))) for _ in range(batch)]
 
 
+@pytest.mark.parametrize("code", naive.CODES)
 @settings(max_examples=12, phases=naive.NO_SHRINK)
 @given(data=st.data(), batch=st.integers(1, 3), num_nodes=st.integers(1, 9), num_con=st.integers(1, 9))
 def test_every_row_equals_a_plain_forward_of_its_literal_path(
-    model, target, contemplation, data, batch, num_nodes, num_con
+    model, target, contemplation, code, data, batch, num_nodes, num_con
 ):
     prompts, tree = random_prompts(data, batch), random_trees(data, batch, num_nodes)
     cache, features = prefilled(target, prompts, contemplation)
     router_state = routers(batch)
-    out = target.verify(cache, tree, contemplation, num_con=num_con, router_state=router_state)
+    with code():
+        out = target.verify(cache, tree, contemplation, num_con=num_con, router_state=router_state)
     assert out.future.shape[1] == min(num_con, num_nodes)
     for b, prompt in enumerate(prompts):
         naive.assert_close(features[b, : len(prompt)], naive.read(model, prompt)[1])
