@@ -13,7 +13,6 @@ import bisect
 import math
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -79,14 +78,11 @@ class Budget:
         plain = between(self.costs.verify, batch_size) / batch_size
         self._pace, self._plain = self._pace * plain / self._plain, plain
         self._left, self._rest = min(self._left, RESTS[0]), RESTS[0]
-        self._verify = torch.tensor(
-            [
-                between(self.costs.verify, self.rows(n))
-                if n in (1, self.tree.nodes) or self.rows(n) % GRAIN == 0
-                else torch.inf
-                for n in range(1, self.tree.nodes + 1)
-            ]
-        )
+        self._verify = [
+            (n, between(self.costs.verify, self.rows(n)))
+            for n in range(1, self.tree.nodes + 1)
+            if n in (1, self.tree.nodes) or self.rows(n) % GRAIN == 0
+        ]
 
     def rows(self, nodes: int) -> int:
         """Rows of a verification with ``nodes`` in each tree."""
@@ -127,14 +123,16 @@ class Budget:
         """Nodes to verify, the root included, of trees ``depth`` levels deep whose candidates have these scores, best
         first: the number that promises most tokens per millisecond, of those that come in multiples of `GRAIN` rows.
         The root alone and the largest tree are such numbers, too."""
-        promised = torch.nn.functional.pad(scores.exp().sum(0).cumsum(0), (1, 0)).cpu()  # [M + 1]
-        spent = self._commit + (depth - 1) * self._level
-        milliseconds = self._verify[: len(promised)] + spent
-        pace = milliseconds / (self.batch_size + self.trust * promised[: len(milliseconds)])
-        best = int(pace.argmin())
-        self._promised = promised[best].item()
-        self._pace = WEIGHT * self._pace + (1 - WEIGHT) * pace[best].item()
-        return best + 1
+        promised = [0.0, *scores.exp().sum(0).cumsum(0).tolist()]
+        spent, trust = self._commit + (depth - 1) * self._level, self.trust
+        pace, nodes = min(
+            ((milliseconds + spent) / (self.batch_size + trust * promised[n - 1]), n)
+            for n, milliseconds in self._verify
+            if n <= len(promised)
+        )
+        self._promised = promised[nodes - 1]
+        self._pace = WEIGHT * self._pace + (1 - WEIGHT) * pace
+        return nodes
 
     def note(self, accepted: int) -> None:
         """So many drafted tokens of the round were accepted, in all sequences."""

@@ -16,10 +16,11 @@ from confu.attention import Attention
 from confu.cache import KVCache
 from confu.draft import DraftModel, normed_states
 from confu.draft_native import NativeDraft
-from confu.layers import LayerWeights, Turn, serves
+from confu.layers import LayerWeights, serves
 from confu.linear import USUAL_ROWS, fast_quantization, fused, product
 from confu.rows import rows
 from confu.tree import take
+from confu.turns import Turn, Turns
 
 
 class DraftForward:
@@ -31,7 +32,7 @@ class DraftForward:
         layer = draft.midlayer
         self.config, self.target_ids = draft.config, draft.target_ids()
         self.contemplation = draft.contemplation.without_heads() if draft.contemplation is not None else None
-        self._rotary = draft.rotary
+        self.turns = Turns(draft.rotary)
         rough = fast_quantization(draft.lm_head.weight)
         quantization = quantization or ("int8" if rough else None)
         self._fc, self._head = fused([draft.fc], quantization), fused([draft.lm_head], rough or quantization)
@@ -62,18 +63,17 @@ class DraftForward:
     def fuse(self, features: Float[Tensor, "B R D3"]) -> Float[Tensor, "B R D"]:
         return self._fc(features)
 
-    def turn(self, x: Tensor, positions: Int[Tensor, "B R"]) -> Turn:
-        """cos and sin of positions, in the type of ``x``; `project` turns queries and keys by them."""
-        return self._rotary(x, positions)
-
     def third_input(self, future: Float[Tensor, "B R D4"] | None) -> Float[Tensor, "B R D"] | None:
         if future is None or self._future_norm is None or self.contemplation is None:
             return None
         return self.contemplation.future_fc(normed_states(future, self.config.rms_norm_eps))
 
     def looked_at(self, future: Float[Tensor, "B R D4"] | None) -> Float[Tensor, "B R D3"] | None:
-        """What W_j reads of f."""
-        return None if future is None or self._looks is None else normed_states(future, self.config.rms_norm_eps)
+        """What W_j reads of f (`normed_states`)."""
+        if future is None or self._looks is None:
+            return None
+        states = future.unflatten(-1, (4, -1))[..., 1:, :].flatten(1, 2)
+        return self._normed(states, torch.ones_like(states[0, 0])).view(*future.shape[:2], -1)
 
     def project(
         self,

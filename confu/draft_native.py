@@ -24,7 +24,6 @@ from confu.layers import (
     PlaceStruct,
     ProductStruct,
     ShapeStruct,
-    Turn,
     by_tiles,
     compiled,
     in_tiles,
@@ -33,6 +32,7 @@ from confu.layers import (
     plain,
     pointer,
 )
+from confu.turns import Turn
 
 
 class _Draft(ctypes.Structure):

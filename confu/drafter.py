@@ -25,10 +25,10 @@ from confu.draft_forward import DraftForward
 from confu.draft_graphs import GraphGrowth
 from confu.graphs import GraphForward
 from confu.host import upload
-from confu.layers import Turn
 from confu.rows import MOST_ROWS, rows
 from confu.target import Target
 from confu.tree import Candidates, Frontier, Tree, root_only, take
+from confu.turns import Turn
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class TreeDrafter:
             state.lag, third = state.lag + last + 1, state.third
         else:
             third = self._read_future(state, accepted, fused, positions, last)
-        turn = draft.turn(fused, positions)
+        turn = draft.turns(fused, positions, cache, num_rows)
         cache.open_rows(num_rows, with_soft=state.has_slot)
         visible = torch.arange(num_rows, device=device) <= last[:, :, None]  # [B, 1, M]
         mask = self._mask(state, visible)
@@ -228,7 +228,7 @@ class TreeDrafter:
         state.has_slot = accepted.future is not None and self.config.future_is("row", "kv")
         if state.has_slot and accepted.future is not None and accepted.anchors is not None:
             anchor = accepted.anchors.gather(1, last)
-            turn = draft.turn(fused, positions.gather(1, anchor) + 1)
+            turn = draft.turns(fused, positions.gather(1, anchor) + 1, state.cache, fused.shape[1] + 1)
             slot = draft.future_slot(take(accepted.future, last), take(fused, anchor), turn)
             state.cache.write_soft(slot[0][None], slot[1][None])
         state.future = draft.looked_at(take(accepted.future, last) if accepted.future is not None else None)
@@ -250,7 +250,8 @@ class TreeDrafter:
         out = state.out[:, None]  # [B, 1, Df]
         levels = torch.arange(config.depth, device=device)
         places = self.forward.places(state.lag + levels)
-        turn = self.forward.turn(out, cache.lengths_tensor()[:, None] + levels)  # [B, depth, head]
+        positions = cache.lengths_tensor()[:, None] + levels
+        turn = self.forward.turns(out, positions, cache, config.depth)  # [B, depth, head]
         if self.native is not None and batch * topk <= MOST_ROWS:
             least = -1.0 if budget is None else budget.least
             shape = {"topk": topk, "with_soft": state.has_slot, "least": least}

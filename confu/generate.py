@@ -27,7 +27,7 @@ from confu.host import upload
 from confu.stats import Stats
 from confu.target import Target, Verified
 from confu.text import TextStream
-from confu.tree import Tree, root_only, take
+from confu.tree import Tree, on_host, root_only, take
 from confu.verify import Sampler, Walk, walk
 
 PREFILL_CHUNK = 1024
@@ -390,8 +390,13 @@ def _accepted(
     (METHOD 8; the root always does)."""
     if verified.future is None or verified.con_nodes is None:
         return Accepted(round_tokens, step.counts, step.bonus, features, keeps_future=keeps_future)
-    carries = verified.con_nodes[:, :, None] == step.path[:, None, :]  # [B, C, M]
-    order = torch.arange(step.path.shape[1], device=round_tokens.device)
-    anchors = (carries.any(1) * order).cummax(1).values
-    contemplated = carries.to(torch.uint8).argmax(1).gather(1, anchors)
+    if (find := on_host("find_anchors", 4, 3, step.path)) is not None:
+        con_nodes, path = verified.con_nodes.contiguous(), step.path.contiguous()
+        anchors, contemplated = torch.empty_like(path), torch.empty_like(path)
+        find(*map(Tensor.data_ptr, (con_nodes, path, anchors, contemplated)), *con_nodes.shape, path.shape[1])
+    else:
+        carries = verified.con_nodes[:, :, None] == step.path[:, None, :]  # [B, C, M]
+        order = torch.arange(step.path.shape[1], device=round_tokens.device)
+        anchors = (carries.any(1) * order).cummax(1).values
+        contemplated = carries.to(torch.uint8).argmax(1).gather(1, anchors)
     return Accepted(round_tokens, step.counts, step.bonus, features, take(verified.future, contemplated), anchors)

@@ -21,9 +21,7 @@ from confu.attention import Attention, scale
 from confu.cache import KVCache
 from confu.linear import Int8Product, RoughProduct, TileProduct, fused
 from confu.native import tiles_function
-
-Turn = tuple[Tensor, Tensor]
-"""cos and sin of the rows' positions, each [B, R, head width], or of one sequence for all."""
+from confu.turns import Turn
 
 # fmt: off
 SIZES = ("layers", "batch", "rows", "width", "heads", "groups", "head_dim", "slots", "num_keys", "num_captured")

@@ -9,7 +9,6 @@ Shapes: B batch, R rows, D hidden width, H query heads, G key-value heads, K key
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,10 +18,11 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, 
 
 from confu.attention import Attention
 from confu.cache import KVCache, PrefixCache
-from confu.layers import Layers, LayerWeights, Turn, serves
+from confu.layers import Layers, LayerWeights, serves
 from confu.linear import product
 from confu.memory import forget_mapped
 from confu.rows import rows
+from confu.turns import Turn, Turns
 
 FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
@@ -51,7 +51,7 @@ class LlamaForward:
         self.quantization = quantization
         self.num_heads: int = config.num_attention_heads
         self.num_groups: int = config.num_key_value_heads
-        self.rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = decoder.rotary_emb
+        self.turns = Turns(decoder.rotary_emb)
         self.norm, self.eps = decoder.norm.weight, decoder.norm.variance_epsilon
         head: Any = model.get_output_embeddings()
         embedding: Any = model.get_input_embeddings()
@@ -88,7 +88,7 @@ class LlamaForward:
         *,
         num_logits: int,
     ) -> tuple[Float[Tensor, "B num_logits V"], Float[Tensor, "B R Dlayers"]]:
-        turn = self.rotary(embeddings, positions)
+        turn = self.turns(embeddings, positions, cache, embeddings.shape[1])
         per_group, head_dim = self.num_heads // self.num_groups, self.layers[0].head_dim
         attend = Attention(mask, per_group=per_group, head_dim=head_dim, dtype=embeddings.dtype)
         if self._at_once is not None and isinstance(cache, KVCache) and serves(attend, cache):

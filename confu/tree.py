@@ -74,10 +74,11 @@ def from_parents(
     return Tree(tokens, parents, reach.sum(2) - 1, reach, scores, height)
 
 
-def on_host(name: str, num_pointers: int, num_sizes: int, scores: Tensor) -> Callable[..., None] | None:
-    """A function of `trees.cpp`, for trees whose nodes have these scores, where it can be made. None elsewhere, and on
-    other devices."""
-    return _compiled(name, num_pointers, num_sizes) if scores.is_cpu and scores.dtype == torch.float32 else None
+def on_host(name: str, num_pointers: int, num_sizes: int, given: Tensor) -> Callable[..., None] | None:
+    """A function of `trees.cpp`, for scores in float32 or indices, where it can be made. None elsewhere, and on other
+    devices."""
+    known = given.is_cpu and given.dtype in (torch.float32, torch.int64)
+    return _compiled(name, num_pointers, num_sizes) if known else None
 
 
 @functools.cache

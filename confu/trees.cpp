@@ -147,6 +147,21 @@ extern "C" void walk_trees(const int64_t* tokens, const int64_t* parents, const 
     }
 }
 
+// Of rows on paths [batch, width], of which the first is contemplated: which row is the nearest contemplated one at or before
+// each (anchors), and where that is among con_nodes [batch, num_con].
+extern "C" void find_anchors(const int64_t* con_nodes, const int64_t* path, int64_t* anchors, int64_t* places, int64_t batch,
+                             int64_t num_con, int64_t width) {
+    for (int64_t b = 0; b < batch; b++) {
+        int64_t anchor = 0, place = 0;
+        for (int64_t m = 0; m < width; m++) {
+            const int64_t* found = std::find(con_nodes, con_nodes + num_con, *path++);
+            if (found != con_nodes + num_con) anchor = m, place = found - con_nodes;
+            *anchors++ = anchor, *places++ = place;
+        }
+        con_nodes += num_con;
+    }
+}
+
 // In store [outer, batch, inner, slots, bytes], the rows first[b] + path[b][0], ... (ascending) of each sequence to first[b] on.
 extern "C" void keep_rows(char* store, const int64_t* path, const int64_t* first, int64_t outer, int64_t batch, int64_t inner,
                           int64_t slots, int64_t bytes, int64_t count) {

@@ -30,7 +30,13 @@ NO_SHRINK = (Phase.explicit, Phase.generate)  # for tests that run a model: minu
 def in_torch():
     """Trees, walks and caches as on devices that `trees.cpp` does not serve."""
     with ExitStack() as stack:
-        for name in ("confu.tree.on_host", "confu.verify.on_host", "confu.target.on_host", "confu.cache.compiled"):
+        for name in (
+            "confu.tree.on_host",
+            "confu.verify.on_host",
+            "confu.target.on_host",
+            "confu.generate.on_host",
+            "confu.cache.compiled",
+        ):
             stack.enter_context(patch(name, lambda *name: None))
         yield
 

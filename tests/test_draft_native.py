@@ -57,7 +57,7 @@ def test_a_draft_layer_at_once_is_the_layer(method, residual_normed, num_rows, w
     lengths, outs = [9, 6], []
     embedding, hidden = (random(2, num_rows, 64, seed=seed).bfloat16() for seed in (1, 2))
     last = torch.tensor([[num_rows - 1], [num_rows // 2]])
-    turn = forward.turn(hidden, torch.tensor(lengths)[:, None] + torch.arange(num_rows))
+    turn = forward.turns.rotary(hidden, torch.tensor(lengths)[:, None] + torch.arange(num_rows))
     for engine in (forward, plain):
         cache = KVCache(1, 2, 2, 64, 32, dtype=torch.bfloat16, device="cpu", num_soft=1)
         cache.keys.copy_(random(*cache.keys.shape, seed=3))

@@ -312,9 +312,10 @@ def test_a_batch_drafts_like_its_sequences_alone(target8, drafts8):
 # ---------------------------------------------------------------- whose f
 
 
+@pytest.mark.parametrize("code", naive.CODES)
 @settings(max_examples=100)
 @given(data=st.data(), batch=st.integers(1, 3), num_nodes=st.integers(1, 10), num_con=st.integers(1, 10))
-def test_the_nearest_contemplated_ancestor_tells_the_future(data, batch, num_nodes, num_con):
+def test_the_nearest_contemplated_ancestor_tells_the_future(code, data, batch, num_nodes, num_con):
     parents = [[0] + [data.draw(st.integers(max(0, i - 2), i - 1)) for i in range(1, num_nodes)] for _ in range(batch)]
     scores = [[0.0] * num_nodes for _ in range(batch)]
     for b in range(batch):
@@ -337,7 +338,8 @@ def test_the_nearest_contemplated_ancestor_tells_the_future(data, batch, num_nod
     future = torch.randn(batch, count, 9, generator=torch.Generator().manual_seed(1))
     verified = Verified(torch.zeros(batch, num_nodes, 5), torch.zeros(batch, num_nodes, 9), future, con_nodes)
     features = torch.zeros(batch, step.path.shape[1], 9)
-    accepted = _accepted(tokens.gather(1, step.path), step, features, verified)
+    with code():
+        accepted = _accepted(tokens.gather(1, step.path), step, features, verified)
     for b, line in enumerate(lines):
         assert step.counts[b] == len(line)
         for m in range(len(line)):
