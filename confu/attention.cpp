@@ -17,7 +17,7 @@
 
 namespace {
 
-constexpr int64_t PIECE = 192;   // keys of a task at most
+constexpr int64_t PIECE = 128;   // keys of a task: what a row sees is summed in the same order whatever stands behind it
 constexpr int64_t WIDEST = 256;  // of a head
 constexpr float NOWHERE = -1e30f;
 
@@ -46,12 +46,7 @@ struct Call {
     float scale;
     int64_t per_group() const { return heads / groups; }
     int64_t folded() const { return per_group() * rows; }  // query rows of a group
-    // Of a group's keys; pieces are about as long as each other, and even in number, so that two threads have as much to do.
-    int64_t piece() const {
-        const int64_t count = num_keys > TILE ? (num_keys + 2 * PIECE - 1) / (2 * PIECE) * 2 : 1;
-        return (num_keys + count * TILE - 1) / (count * TILE) * TILE;
-    }
-    int64_t pieces() const { return (num_keys + piece() - 1) / piece(); }
+    int64_t pieces() const { return (num_keys + PIECE - 1) / PIECE; }
     int64_t padded() const { return (folded() + TILE - 1) / TILE * TILE; }
 };
 
@@ -143,12 +138,12 @@ void weighted(const Scratch& s, int64_t width, int64_t count, float* out) {
 }
 
 // For as many keys as a piece can have, by pairs of tiles.
-constexpr decltype(&weigh<2>) WEIGH[] = {weigh<2>, weigh<4>, weigh<6>, weigh<8>, weigh<10>, weigh<12>};
+constexpr decltype(&weigh<2>) WEIGH[] = {weigh<2>, weigh<4>, weigh<6>, weigh<8>};
 static_assert(sizeof(WEIGH) / sizeof(*WEIGH) == PIECE / PAIRS);
 
 // one piece of one group: partial results [folded, width] and {largest, sum} of every row
 void attend_piece(const Call& c, int64_t sequence, int64_t group, int64_t first, Scratch& s, float* partial, float* stats) {
-    const int64_t count = c.num_keys - first < c.piece() ? c.num_keys - first : c.piece();
+    const int64_t count = c.num_keys - first < PIECE ? c.num_keys - first : PIECE;
     const auto weigh_row = WEIGH[(count - 1) / PAIRS];
     pack(c, sequence, group, first, count, s);
     const uint16_t* queries = c.queries + (sequence * c.heads + group * c.per_group()) * c.rows * c.width;
@@ -205,7 +200,7 @@ void share_attention(const uint16_t* queries, const uint16_t* keys, const uint16
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < batch * groups * pieces; task++) {
         const int64_t pair = task / pieces;
-        attend_piece(c, pair / groups, pair % groups, task % pieces * c.piece(), scratch, partial + task * padded * width,
+        attend_piece(c, pair / groups, pair % groups, task % pieces * PIECE, scratch, partial + task * padded * width,
                      stats + task * padded * 2);
     }
 #pragma omp for schedule(static)

@@ -35,3 +35,10 @@ template <typename T> inline void put_gated(T& to, T gate, T up) {
     const float e = std::exp(std::fmin(-x, 80.0f));  // beyond, e would overflow; x / (1 + e) is below 1e-31 there
     put(to, rounded<T>(x / (1.0f + e)) * wide(up));
 }
+
+constexpr int64_t LANES = 16;
+
+// As many at once, and always by the same instructions: how many rows there are must not decide a last bit of any.
+template <typename T> __attribute__((noinline)) void put_gated_lanes(T* __restrict__ to, const T* gate, const T* up) {
+    for (int64_t i = 0; i < LANES; i++) put_gated(to[i], gate[i], up[i]);
+}

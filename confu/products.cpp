@@ -16,6 +16,7 @@
 
 namespace {
 
+static_assert(LANES == TILE);
 constexpr int64_t WEIGHTS = TILE * PAIRS;  // of a tile in bfloat16
 constexpr int64_t BLOCKS = 4;              // tiles of rows that share what is read of a weight
 constexpr int64_t AHEAD = 4, RING = 8;     // tiles are widened so many before they are needed, into so many places,
@@ -296,7 +297,7 @@ template <typename Format> void gated_product(const Product& p, const uint16_t* 
     const Rows<Format> packed(x, rows, p.inputs);
     alignas(64) uint16_t ring[2 * RING * WEIGHTS];
     alignas(64) float sums[BLOCKS * TILE * TILE];
-    alignas(64) bf16 gate[TILE * TILE], up[TILE * TILE], gated[TILE * TILE];
+    alignas(64) bf16 gate[TILE], up[TILE];
     const int64_t each = 2 * ahead.left() * team_size() / (width / TILE) + 1;  // all within half of this thread's columns
 #pragma omp for schedule(static) nowait
     for (int64_t output = 0; output < width; output += TILE) {
@@ -307,14 +308,11 @@ template <typename Format> void gated_product(const Product& p, const uint16_t* 
             const float* steps = packed.steps ? packed.steps + block * TILE : nullptr;
             const Result gates(p, output, steps, sums + block * TILE * TILE);
             const Result ups(p, width + output, steps, sums + (count + block) * TILE * TILE);
-            const int64_t left = rows - block * TILE < TILE ? rows - block * TILE : TILE;
-            for (int64_t i = 0; i < left; i++) {
-                _mm256_store_si256(reinterpret_cast<__m256i*>(gate + i * TILE), gates.of_row(i));
-                _mm256_store_si256(reinterpret_cast<__m256i*>(up + i * TILE), ups.of_row(i));
+            for (int64_t i = 0; i < TILE && block * TILE + i < rows; i++) {
+                _mm256_store_si256(reinterpret_cast<__m256i*>(gate), gates.of_row(i));
+                _mm256_store_si256(reinterpret_cast<__m256i*>(up), ups.of_row(i));
+                put_gated_lanes(reinterpret_cast<bf16*>(out + (block * TILE + i) * width + output), gate, up);
             }
-            for (int64_t i = 0; i < left * TILE; i++) put_gated(gated[i], gate[i], up[i]);
-            for (int64_t i = 0; i < left; i++)
-                std::memcpy(out + (block * TILE + i) * width + output, gated + i * TILE, TILE * sizeof(bf16));
         }
     }
 }

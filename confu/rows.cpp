@@ -82,7 +82,9 @@ template <typename T> void gate(const T* gate_up, T* out, int64_t rows, int64_t 
     for (int64_t r = 0; r < rows; r++) {
         const T* __restrict__ from = gate_up + 2 * r * width;
         T* __restrict__ to = out + r * width;
-        for (int64_t i = 0; i < width; i++) put_gated(to[i], from[i], from[i + width]);
+        const int64_t whole = width / LANES * LANES;
+        for (int64_t i = 0; i < whole; i += LANES) put_gated_lanes(to + i, from + i, from + width + i);
+        for (int64_t i = whole; i < width; i++) put_gated(to[i], from[i], from[i + width]);
     }
 }
 

@@ -104,6 +104,17 @@ def test_a_row_does_not_see_what_others_do(tiles):
         assert torch.equal(alone[:, 0], together[:, row])
 
 
+@pytest.mark.parametrize("count", [1, 100, 128, 300, 333])
+def test_a_row_does_not_see_what_stands_behind_it(tiles, count):
+    """The same bits for a row, whatever keys come after those it sees: as one token at a time, so in a tree."""
+    queries, keys, values, mask = drawn(2, 6, 2, 3, 500, 64)
+    mask[:, :, count:] = False
+    mask[:, :, 0] = True
+    _, behind = attend(queries, keys, values, mask)
+    _, alone = attend(queries, keys[:, :, :count], values[:, :, :count], mask[:, :, :count])
+    assert torch.equal(alone, behind)
+
+
 def test_other_strides(tiles):
     """Queries, keys, values and masks that are views give what their copies give."""
     queries, keys, values, mask = drawn(2, 6, 2, 10, 200, 64)

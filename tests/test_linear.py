@@ -32,6 +32,7 @@ from confu.llama import LlamaForward, is_llama_like
 from confu.load import pack, read_network
 from confu.memory import forget_mapped
 from confu.target import Target
+from confu.tree import root_only
 
 LLAMA_LIKE = ("Llama 3", "Llama 3, tied head", "Qwen2, Qwen2.5", "Qwen3", "Mistral")
 
@@ -192,6 +193,30 @@ def test_a_target_in_blocks_is_the_same_target_bit_for_bit(monkeypatch):
     with torch.inference_mode():
         ours, theirs = forwards(Target(model, forward=in_blocks), as_they_are, 4)
     assert all(map(torch.equal, ours, theirs))
+
+
+@needs_tiles
+@pytest.mark.parametrize("num_rows", [2, 12, 17, 30])
+def test_a_chain_at_once_is_one_token_at_a_time_bit_for_bit(num_rows):
+    """So a drafted chain parts from plain decoding nowhere, though both round to bfloat16."""
+    config = LlamaConfig(vocab_size=64, num_hidden_layers=naive.LAYERS, initializer_range=0.1,
+                         **SMALL | {"hidden_size": 128, "intermediate_size": 1536})  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
+    target = Target(model, forward=pack(copy.deepcopy(model)))
+    assert target.forward_rows._at_once is not None
+    tokens, before = torch.randint(64, (1, 200 + num_rows), generator=torch.Generator().manual_seed(1)), 120
+    with torch.inference_mode():
+        caches = [target.new_cache(1, 256) for _ in range(2)]
+        for cache in caches:
+            target.prefill(cache, tokens[:, :before], [before])
+        drafted = tokens[:, before : before + num_rows]
+        together = target.verify(caches[0], naive.chain(drafted[:, 0], drafted[:, 1:], torch.tensor([num_rows - 1])))
+        for i in range(num_rows):
+            alone = target.verify(caches[1], root_only(drafted[:, i]))
+            caches[1].advance([1])
+            assert torch.equal(alone.logits[:, 0], together.logits[:, i])
+            assert torch.equal(alone.features[:, 0], together.features[:, i])
 
 
 def test_the_fastest_product_is_chosen():
