@@ -42,11 +42,14 @@ struct Scratch {  // of one thread
 struct Call {
     const uint16_t *queries, *keys, *values;
     const uint8_t* mask;
-    int64_t heads, groups, rows, num_keys, width, batch_stride, group_stride;
+    int64_t heads, groups, rows, num_keys, lead, width, batch_stride, group_stride;
     float scale;
     int64_t per_group() const { return heads / groups; }
     int64_t folded() const { return per_group() * rows; }  // query rows of a group
-    int64_t pieces() const { return (num_keys + PIECE - 1) / PIECE; }
+    // The first keys, soft prompts, are a piece of their own, so that they move no other's bounds.
+    int64_t pieces() const { return (lead > 0) + (num_keys - lead + PIECE - 1) / PIECE; }
+    int64_t first_of(int64_t piece) const { return lead == 0 ? piece * PIECE : piece == 0 ? 0 : lead + (piece - 1) * PIECE; }
+    int64_t end_of(int64_t piece) const { return piece + 1 < pieces() ? first_of(piece + 1) : num_keys; }
     int64_t padded() const { return (folded() + TILE - 1) / TILE * TILE; }
 };
 
@@ -141,15 +144,26 @@ void weighted(const Scratch& s, int64_t width, int64_t count, float* out) {
 constexpr decltype(&weigh<2>) WEIGH[] = {weigh<2>, weigh<4>, weigh<6>, weigh<8>};
 static_assert(sizeof(WEIGH) / sizeof(*WEIGH) == PIECE / PAIRS);
 
+// Whether any of `left` query rows from `row` on sees any key of the piece: in a long prompt half of them do not.
+bool any_seen(const Call& c, const uint8_t* mask, int64_t row, int64_t left, int64_t count) {
+    for (int64_t i = 0; i < left; i++)
+        if (std::memchr(mask + (row + i) % c.rows * c.num_keys, 1, count)) return true;
+    return false;
+}
+
 // one piece of one group: partial results [folded, width] and {largest, sum} of every row
-void attend_piece(const Call& c, int64_t sequence, int64_t group, int64_t first, Scratch& s, float* partial, float* stats) {
-    const int64_t count = c.num_keys - first < PIECE ? c.num_keys - first : PIECE;
+void attend_piece(const Call& c, int64_t sequence, int64_t group, int64_t piece, Scratch& s, float* partial, float* stats) {
+    const int64_t first = c.first_of(piece), count = c.end_of(piece) - first;
     const auto weigh_row = WEIGH[(count - 1) / PAIRS];
     pack(c, sequence, group, first, count, s);
     const uint16_t* queries = c.queries + (sequence * c.heads + group * c.per_group()) * c.rows * c.width;
     const uint8_t* mask = c.mask + sequence * c.rows * c.num_keys + first;
     for (int64_t row = 0; row < c.folded(); row += TILE) {
         const int64_t left = c.folded() - row < TILE ? c.folded() - row : TILE;
+        if (!any_seen(c, mask, row, left, count)) {
+            for (int64_t i = 0; i < left; i++) stats[2 * (row + i)] = NOWHERE;
+            continue;
+        }
         const uint16_t* tile = queries + row * c.width;
         if (left < TILE) tile = static_cast<uint16_t*>(std::memcpy(s.queries, tile, left * c.width * 2));
         score(tile, c.width, count, s);
@@ -167,6 +181,7 @@ void merge(const float* partial, const float* stats, int64_t pieces, int64_t str
     for (int64_t p = 0; p < pieces; p++) largest = std::fmax(largest, stats[2 * p * stride]);
     alignas(64) float sum[WIDEST] = {};
     for (int64_t p = 0; p < pieces; p++) {
+        if (stats[2 * p * stride] <= NOWHERE) continue;  // nothing was written
         const float factor = std::exp2(stats[2 * p * stride] - largest);
         total += factor * stats[2 * p * stride + 1];
         for (int64_t i = 0; i < width; i++) sum[i] += factor * partial[p * stride * width + i];
@@ -184,15 +199,21 @@ extern "C" int64_t tiles_granted() {
     return granted;
 }
 
-int64_t attention_room(int64_t batch, int64_t heads, int64_t groups, int64_t rows, int64_t num_keys, int64_t width) {
-    const Call c{nullptr, nullptr, nullptr, nullptr, heads, groups, rows, num_keys, width, 0, 0, 0};
+int64_t attention_room(int64_t batch, int64_t heads, int64_t groups, int64_t rows, int64_t num_keys, int64_t lead, int64_t width) {
+    const Call c{nullptr, nullptr, nullptr, nullptr, heads, groups, rows, num_keys, lead, width, 0, 0, 0};
     return batch * groups * c.pieces() * c.padded() * (width + 2);
 }
 
+float* attention_memory(int64_t count) {
+    static thread_local std::vector<float> memory;
+    if (memory.size() < size_t(count)) memory.resize(count);
+    return memory.data();
+}
+
 void share_attention(const uint16_t* queries, const uint16_t* keys, const uint16_t* values, const uint8_t* mask, uint16_t* out,
-                     int64_t batch, int64_t heads, int64_t groups, int64_t rows, int64_t num_keys, int64_t width,
+                     int64_t batch, int64_t heads, int64_t groups, int64_t rows, int64_t num_keys, int64_t lead, int64_t width,
                      int64_t batch_stride, int64_t group_stride, float scale, float* room) {
-    const Call c{queries, keys, values, mask, heads, groups, rows, num_keys, width, batch_stride, group_stride, scale};
+    const Call c{queries, keys, values, mask, heads, groups, rows, num_keys, lead, width, batch_stride, group_stride, scale};
     const int64_t pieces = c.pieces(), padded = c.padded();
     float *partial = room, *stats = room + batch * groups * pieces * padded * width;
     static thread_local Scratch scratch;
@@ -200,7 +221,7 @@ void share_attention(const uint16_t* queries, const uint16_t* keys, const uint16
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < batch * groups * pieces; task++) {
         const int64_t pair = task / pieces;
-        attend_piece(c, pair / groups, pair % groups, task % pieces * PIECE, scratch, partial + task * padded * width,
+        attend_piece(c, pair / groups, pair % groups, task % pieces, scratch, partial + task * padded * width,
                      stats + task * padded * 2);
     }
 #pragma omp for schedule(static)
@@ -213,28 +234,28 @@ void share_attention(const uint16_t* queries, const uint16_t* keys, const uint16
 }
 
 // queries [batch, heads, rows, width]; keys and values [batch, groups, num_keys, width] with the given strides; mask
-// [batch, rows, num_keys] -> out [batch, rows, heads, width]; width is a multiple of 32, scale holds log2(e)
+// [batch, rows, num_keys] -> out [batch, rows, heads, width]; the first `lead` keys are soft prompts, PIECE of them at most; width is a
+// multiple of 32, scale holds log2(e)
 extern "C" void attention_bf16(const uint16_t* queries, const uint16_t* keys, const uint16_t* values, const uint8_t* mask,
                                uint16_t* out, int64_t batch, int64_t heads, int64_t groups, int64_t rows, int64_t num_keys,
-                               int64_t width, int64_t batch_stride, int64_t group_stride, float scale) {
-    static thread_local std::vector<float> memory;
-    memory.resize(attention_room(batch, heads, groups, rows, num_keys, width));
-    float* room = memory.data();
+                               int64_t lead, int64_t width, int64_t batch_stride, int64_t group_stride, float scale) {
+    float* room = attention_memory(attention_room(batch, heads, groups, rows, num_keys, lead, width));
 #pragma omp parallel
     {
         const Tiles tiles;
-        share_attention(queries, keys, values, mask, out, batch, heads, groups, rows, num_keys, width, batch_stride, group_stride,
-                        scale, room);
+        share_attention(queries, keys, values, mask, out, batch, heads, groups, rows, num_keys, lead, width, batch_stride,
+                        group_stride, scale, room);
     }
 }
 
 #else
 
-int64_t attention_room(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t) { return 0; }
+int64_t attention_room(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t) { return 0; }
+float* attention_memory(int64_t) { return nullptr; }
 void share_attention(const uint16_t*, const uint16_t*, const uint16_t*, const uint8_t*, uint16_t*, int64_t, int64_t, int64_t, int64_t,
-                     int64_t, int64_t, int64_t, int64_t, float, float*) {}
+                     int64_t, int64_t, int64_t, int64_t, int64_t, float, float*) {}
 extern "C" int64_t tiles_granted() { return 0; }
 extern "C" void attention_bf16(const uint16_t*, const uint16_t*, const uint16_t*, const uint8_t*, uint16_t*, int64_t, int64_t,
-                               int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float) {}
+                               int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float) {}
 
 #endif

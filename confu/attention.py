@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from confu.native import tiles_function
-from confu.rows import MOST_ROWS
 
+MOST_ROWS, MOST_SOFT = 256, 128  # for which tiles are tried (attention.cpp: a piece)
 LANES, WIDEST = 32, 256  # a head's width in bfloat16: a multiple, and at most so much (attention.cpp)
 SHAPELESS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -36,16 +36,24 @@ def any_shape(device: torch.device) -> AbstractContextManager[object]:
 class Attention:
     """Grouped-query attention under one mask; without a mask, rows attend causally to each other and to nothing else.
 
-    ``per_group`` is the number of query heads for each key-value head, H / G.
+    ``per_group`` is the number of query heads for each key-value head, H / G; the first ``num_soft`` keys are soft
+    prompts, which rows that do not see them must not notice.
     """
 
     def __init__(
-        self, mask: Bool[Tensor, "B R K"] | None, *, per_group: int, head_dim: int, dtype: torch.dtype
+        self,
+        mask: Bool[Tensor, "B R K"] | None,
+        *,
+        per_group: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        num_soft: int = 0,
     ) -> None:
-        self.mask, self.bias, self.tiled = mask, None, None
+        self.mask, self.bias, self.tiled, self.num_soft = mask, None, None, num_soft
         if mask is None:
             return
-        if dtype == torch.bfloat16 and mask.is_cpu and mask.shape[0] * mask.shape[1] <= MOST_ROWS:
+        few = mask.shape[0] * mask.shape[1] <= MOST_ROWS and num_soft <= MOST_SOFT
+        if dtype == torch.bfloat16 and mask.is_cpu and few:
             self.tiled = _tiles(head_dim)
         if self.tiled is not None:
             self.mask = mask.contiguous()
@@ -79,7 +87,7 @@ class Attention:
         # fmt: off
         function(
             queries.data_ptr(), keys.data_ptr(), values.data_ptr(), self.mask.data_ptr(), out.data_ptr(), batch, heads,
-            groups, rows, num_keys, width, keys.stride(0), keys.stride(1), scale(width),
+            groups, rows, num_keys, self.num_soft, width, keys.stride(0), keys.stride(1), scale(width),
         )
         # fmt: on
         return out
@@ -95,4 +103,4 @@ def _tiles(head_dim: int) -> Callable[..., None] | None:
     """The compiled function, where it can run and takes heads so wide."""
     if head_dim % LANES or head_dim > WIDEST:
         return None
-    return tiles_function("attention_bf16", [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 8 + [ctypes.c_float])
+    return tiles_function("attention_bf16", [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 9 + [ctypes.c_float])

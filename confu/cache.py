@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from confu.host import upload
-from confu.native import compiled
+from confu.native import on_host
 
 
 class KVCache(Cache):
@@ -150,7 +150,8 @@ class KVCache(Cache):
         if path.shape[1] == 1:  # the root, which lies in place
             self.advance(counts)
             return
-        if self.keys.is_cpu and self.keys.is_contiguous() and (move := compiled("keep_rows", 3, 6)) is not None:
+        whole = self.keys.is_contiguous() and self.values.is_contiguous() and self.keys.is_cpu
+        if whole and (move := on_host("keep_rows", 3, 6, path)) is not None:
             outer, batch, inner, slots, width = self.keys.shape
             path, first = path.contiguous(), self.lengths_tensor() + self.num_soft
             for store in (self.keys, self.values):

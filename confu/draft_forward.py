@@ -118,7 +118,7 @@ class DraftForward:
         run to their end for nothing."""
         batch, num_rows, _ = hidden.shape
         whole = last is None or batch * num_rows <= USUAL_ROWS
-        attend = self._attention(mask.expand(-1, num_rows, -1) if whole else mask)
+        attend = self._attention(mask.expand(-1, num_rows, -1) if whole else mask, cache.num_soft_keys)
         if whole and self.native is not None and serves(attend, cache):
             out = self.native.layer(embedding, hidden, turn, attend, cache)
         else:
@@ -129,9 +129,9 @@ class DraftForward:
             out = self._finish(hidden, attend(queries, *cache.update(keys, values, 0)))
         return take(out, last) if last is not None and whole else out
 
-    def _attention(self, mask: Bool[Tensor, "B R K"]) -> Attention:
-        per_group = self.config.num_attention_heads // self.config.num_key_value_heads
-        return Attention(mask, per_group=per_group, head_dim=self.config.head_dim, dtype=self._norm.dtype)
+    def _attention(self, mask: Bool[Tensor, "B R K"], num_soft: int) -> Attention:
+        per_group, head_dim = self.config.num_attention_heads // self.config.num_key_value_heads, self.config.head_dim
+        return Attention(mask, per_group=per_group, head_dim=head_dim, dtype=self._norm.dtype, num_soft=num_soft)
 
     def _finish(self, hidden: Float[Tensor, "B R D"], attended: Float[Tensor, "B R Hhead"]) -> Float[Tensor, "B R D"]:
         """As `DraftModel.finish`, of heads side by side."""

@@ -21,7 +21,7 @@ from confu.tree import Candidates, Tree
 if TYPE_CHECKING:
     from confu.drafter import TreeState
 
-READ = ("root", "out", "third", "future", "lag")
+READ = ("root", "out", "third", "looked_at", "lag")
 """What growing reads of a state beside its cache."""
 
 

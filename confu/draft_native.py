@@ -32,6 +32,7 @@ from confu.layers import (
     plain,
     pointer,
 )
+from confu.linear import RoughProduct
 from confu.turns import Turn
 
 
@@ -79,7 +80,7 @@ class NativeDraft:
         """None where a weight is kept in another way, or the projections read still more. ``looks`` are all W_j, if
         there are any."""
         fits = plain(hidden_norm) and plain(norm) and in_tiles(layer) and by_tiles(head)
-        fits = fits and (looks is None or by_tiles(looks))
+        fits = fits and (looks is None or isinstance(looks, RoughProduct))
         if not fits or layer.qkv.num_inputs != 2 * len(hidden_norm):
             return None
         return cls(layer, head, looks, hidden_norm, norm, target_ids, residual_normed=residual_normed)
@@ -119,10 +120,10 @@ class NativeDraft:
         cache.open_rows((depth - 1) * topk)  # so many have room behind the longest sequence
         cos, sin = (x.expand(batch, -1, -1).contiguous() for x in turn)
         sizes = [topk] + [topk * topk] * (depth - 1)
-        tokens, parents = torch.empty(2, batch, sum(sizes), dtype=torch.int64)
-        scores, lengths = torch.empty(batch, sum(sizes)), cache.lengths_tensor()
+        tokens, parents = out.new_empty(2, batch, sum(sizes), dtype=torch.int64)
+        scores, lengths = out.new_empty(batch, sum(sizes), dtype=torch.float32), cache.lengths_tensor()
         shape = ShapeStruct(
-            1, batch, topk, width, layer.num_heads, layer.num_groups, layer.head_dim, cache.keys.shape[3], 0, 0,
+            1, batch, topk, width, layer.num_heads, layer.num_groups, layer.head_dim, cache.keys.shape[3], 0, 0, 0,
             layer.eps, scale(layer.head_dim),
         )  # fmt: skip
         place = PlaceStruct(*map(pointer, (cos, sin, None, cache.keys, cache.values, None, None, None)))

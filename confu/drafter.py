@@ -143,7 +143,7 @@ class TreeState:
     def __init__(self, cache: KVCache, root: Tensor, out: Tensor) -> None:
         self.cache, self.root, self.out = cache, root, out
         self.third: Tensor | None = None  # [B, 1, D]
-        self.future: Tensor | None = None  # [B, 1, 3 D]
+        self.looked_at: Tensor | None = None  # [B, 1, 3 D]
         self.lag = torch.zeros_like(root)[:, None]  # [B, 1]
         self.has_slot = False
 
@@ -158,7 +158,7 @@ class TreeState:
         self.cache.select(sequences)
         self.root, self.out = self.root[sequences], self.out[sequences]
         self.third = self.third[sequences] if self.third is not None else None
-        self.future = self.future[sequences] if self.future is not None else None
+        self.looked_at = self.looked_at[sequences] if self.looked_at is not None else None
         self.lag = self.lag[sequences]
 
 
@@ -231,7 +231,7 @@ class TreeDrafter:
             turn = draft.turns(fused, positions.gather(1, anchor) + 1, state.cache, fused.shape[1] + 1)
             slot = draft.future_slot(take(accepted.future, last), take(fused, anchor), turn)
             state.cache.write_soft(slot[0][None], slot[1][None])
-        state.future = draft.looked_at(take(accepted.future, last) if accepted.future is not None else None)
+        state.looked_at = draft.looked_at(take(accepted.future, last) if accepted.future is not None else None)
         third = draft.third_input(accepted.future)
         state.third = take(third, last) if third is not None else None
         return third
@@ -255,9 +255,9 @@ class TreeDrafter:
         if self.native is not None and batch * topk <= MOST_ROWS:
             least = -1.0 if budget is None else budget.least
             shape = {"topk": topk, "with_soft": state.has_slot, "least": least}
-            given = (self._embeddings, cache, state.out, state.future, places, turn)
+            given = (self._embeddings, cache, state.out, state.looked_at, places, turn)
             return Candidates.of(self.native.grow(*given, **shape))
-        ahead, (cos, sin) = self.forward.ahead(state.future, places), turn
+        ahead, (cos, sin) = self.forward.ahead(state.looked_at, places), turn
         frontier = candidates.add_level(self._children(out, ahead, 0, topk), zeros, zeros.long() - 1)
         width = frontier.tokens.shape[1]
         itself = torch.eye(width, dtype=torch.bool, device=device).expand(batch, -1, -1)

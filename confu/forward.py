@@ -23,6 +23,8 @@ class Forward(Protocol):
     """What `Target` runs its rows through."""
 
     quantization: str | None
+    most_rows: int | None
+    """Of all sequences together, as many of a prompt's rows as are best read at a time; None: all of them."""
 
     def __call__(
         self,
@@ -49,6 +51,7 @@ class ModelForward:
     def __init__(self, model: PreTrainedModel, quantization: str | None = None) -> None:
         config: Any = model.config.get_text_config()
         self.model, self.quantization = model, quantization
+        self.most_rows: int | None = None
         self.window, self.has_full_layers = _sliding_window(config)
         self.eager = config._attn_implementation == "eager"
 

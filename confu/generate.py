@@ -24,10 +24,11 @@ from confu.contemplate import Contemplation
 from confu.costs import Budget, Costs
 from confu.drafter import Accepted, Drafter, Drafting
 from confu.host import upload
+from confu.native import on_host
 from confu.stats import Stats
 from confu.target import Target, Verified
 from confu.text import TextStream
-from confu.tree import Tree, on_host, root_only, take
+from confu.tree import Tree, root_only, take
 from confu.verify import Sampler, Walk, walk
 
 PREFILL_CHUNK = 1024

@@ -190,6 +190,7 @@ class GraphForward:
 
     def __init__(self, forward: Forward, record: Record) -> None:
         self.forward, self.record, self.quantization = forward, record, forward.quantization
+        self.most_rows = forward.most_rows
         self.recordings = Recordings()
 
     def __call__(

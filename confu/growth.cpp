@@ -106,7 +106,7 @@ public:
     const uint16_t* step(int64_t level, const uint16_t* above, int64_t rows, const Place& from) {
         const int64_t soft = g.with_soft ? g.num_soft : 0, longest = *std::max_element(g.lengths, g.lengths + s.batch);
         Shape shape = s;
-        shape.num_keys = soft + longest + (level + 1) * k;
+        shape.num_keys = soft + longest + (level + 1) * k, shape.lead = soft;
         mask.assign(n * shape.num_keys, 0);
         const std::vector<uint8_t> before = reach;  // [batch, k, depth, k]
         for (int64_t i = 0; i < n; i++) {

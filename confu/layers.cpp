@@ -45,9 +45,7 @@ struct Work {
     Work(const Shape& s, const Layer& layer, Memory& memory)
         : s(s), normed(memory.take(s.width)), mixed(memory.take(layer.qkv.outputs)), queries(memory.take(queries_width)),
           attended(memory.take(queries_width)), both(memory.take(2 * layer.down.inputs)), gated(memory.take(layer.down.inputs)) {
-        static thread_local std::vector<float> of_attention;
-        of_attention.resize(attention_room(s.batch, s.heads, s.groups, s.rows, s.num_keys, s.head_dim));
-        room = of_attention.data();
+        room = attention_memory(attention_room(s.batch, s.heads, s.groups, s.rows, s.num_keys, s.lead, s.head_dim));
     }
 
     // What the projections read is `row`, what the layer adds to `entering`; it leaves as two summands, `between` and `delta`.
@@ -58,7 +56,7 @@ struct Work {
         share_rotate_bf16(mixed, place.cos, place.sin, layer.head_norms, queries, place.keys, place.values, place.first_slots, s.slots,
                           s.batch, s.rows, s.heads, s.groups, s.head_dim, s.eps);
         share_attention(queries, place.read_keys, place.read_values, place.mask, attended, s.batch, s.heads, s.groups, s.rows,
-                        s.num_keys, s.head_dim, s.groups * s.slots * s.head_dim, s.slots * s.head_dim, s.scale, room);
+                        s.num_keys, s.lead, s.head_dim, s.groups * s.slots * s.head_dim, s.slots * s.head_dim, s.scale, room);
         share_product(layer.out, attended, delta, n);
         share_add_norm_bf16(entering, delta, layer.mlp_norm, between, normed, n, s.width, s.eps);
         if (n <= MOST_GATED) {

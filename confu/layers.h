@@ -1,11 +1,11 @@
-// What layers.cpp and growth.cpp have in common: the functions of rows.cpp, attention.cpp and products.cpp, and what one decoder
+// What the compiled parts of a layer have in common: the functions of rows.cpp, attention.cpp and products.cpp, and what one decoder
 // layer is told. layers.py keeps the same structures.
 
 #pragma once
 
 #include <cstdint>
 #ifdef _OPENMP
-#include <omp.h>
+extern "C" int omp_get_num_threads(void), omp_get_thread_num(void);  // a compiler may know OpenMP and lack its header
 
 inline int64_t team_size() { return omp_get_num_threads(); }
 inline int64_t team_member() { return omp_get_thread_num(); }
@@ -24,8 +24,9 @@ void tile_product(const uint16_t*, const uint8_t*, const float*, const float*, u
 void best_bf16(const uint16_t*, float*, int64_t*, int64_t, int64_t, int64_t);
 }
 void share_attention(const uint16_t*, const uint16_t*, const uint16_t*, const uint8_t*, uint16_t*, int64_t, int64_t, int64_t, int64_t,
-                     int64_t, int64_t, int64_t, int64_t, float, float* room);
-int64_t attention_room(int64_t batch, int64_t heads, int64_t groups, int64_t rows, int64_t num_keys, int64_t width);
+                     int64_t, int64_t, int64_t, int64_t, int64_t, float, float* room);
+int64_t attention_room(int64_t batch, int64_t heads, int64_t groups, int64_t rows, int64_t num_keys, int64_t lead, int64_t width);
+float* attention_memory(int64_t count);  // of the calling thread
 
 // Memory that is soon to be read, asked for piece by piece while something else is computed: a thread's part of the keys and
 // values of all groups.
@@ -65,7 +66,7 @@ struct Layer {
 };
 
 struct Shape {
-    int64_t layers, batch, rows, width, heads, groups, head_dim, slots, num_keys, num_captured;
+    int64_t layers, batch, rows, width, heads, groups, head_dim, slots, num_keys, lead, num_captured;
     float eps, scale;
 };
 

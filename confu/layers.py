@@ -24,7 +24,7 @@ from confu.native import tiles_function
 from confu.turns import Turn
 
 # fmt: off
-SIZES = ("layers", "batch", "rows", "width", "heads", "groups", "head_dim", "slots", "num_keys", "num_captured")
+SIZES = ("layers", "batch", "rows", "width", "heads", "groups", "head_dim", "slots", "num_keys", "lead", "num_captured")
 PLACE = ("cos", "sin", "mask", "keys", "values", "read_keys", "read_values", "first_slots")
 # fmt: on
 
@@ -129,7 +129,7 @@ class Call:
         self._tensors = (*turn, attend.mask, cache.keys, cache.values, *opened, cache.first_slots)
         shape = ShapeStruct(
             num_layers, batch, rows, width, like.num_heads, like.num_groups, like.head_dim, cache.keys.shape[3],
-            opened[0].shape[2], num_captured, like.eps, scale(like.head_dim),
+            opened[0].shape[2], cache.num_soft_keys, num_captured, like.eps, scale(like.head_dim),
         )  # fmt: skip
         self.pointers = ctypes.byref(shape), ctypes.byref(PlaceStruct(*map(pointer, self._tensors)))
 

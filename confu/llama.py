@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
 
-from confu.attention import Attention
+from confu.attention import MOST_ROWS, Attention
 from confu.cache import KVCache, PrefixCache
 from confu.layers import Layers, LayerWeights, serves
 from confu.linear import product
@@ -77,6 +77,7 @@ class LlamaForward:
                 _empty(layer)
         self.in_blocks = quantization is None and getattr(self.layers[0].qkv, "bits", 16) < 16
         self._at_once = Layers.of(self.layers, self.norm, self.eps)
+        self.most_rows = MOST_ROWS if self._at_once is not None else None
 
     def __call__(
         self,
@@ -90,7 +91,8 @@ class LlamaForward:
     ) -> tuple[Float[Tensor, "B num_logits V"], Float[Tensor, "B R Dlayers"]]:
         turn = self.turns(embeddings, positions, cache, embeddings.shape[1])
         per_group, head_dim = self.num_heads // self.num_groups, self.layers[0].head_dim
-        attend = Attention(mask, per_group=per_group, head_dim=head_dim, dtype=embeddings.dtype)
+        num_soft = cache.num_soft_keys
+        attend = Attention(mask, per_group=per_group, head_dim=head_dim, dtype=embeddings.dtype, num_soft=num_soft)
         if self._at_once is not None and isinstance(cache, KVCache) and serves(attend, cache):
             final, captured = self._at_once(embeddings, turn, attend, cache, layers)
         else:

@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch  # noqa: F401 (brings its OpenMP)
+import torch  # brings its OpenMP
 
 from confu.models import cache_dir
 
@@ -44,8 +44,15 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def compiled(name: str, num_pointers: int, num_sizes: int = 0) -> Callable[..., None] | None:
-    """A compiled function of so many pointers and then so many sizes, where it can be made."""
+def on_host(name: str, num_pointers: int, num_sizes: int, given: torch.Tensor) -> Callable[..., None] | None:
+    """A function of `trees.cpp` or `rows.cpp`, of so many pointers and then so many sizes, where it can be made and
+    ``given`` is on a CPU, scores in float32 or indices."""
+    known = given.is_cpu and given.dtype in (torch.float32, torch.int64)
+    return _compiled(name, num_pointers, num_sizes) if known else None
+
+
+@functools.cache
+def _compiled(name: str, num_pointers: int, num_sizes: int) -> Callable[..., None] | None:
     functions = library()
     if functions is None:
         return None

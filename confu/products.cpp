@@ -1,9 +1,10 @@
-// Products of a few dozen bfloat16 rows by AMX tiles, where the processor has them, with weights in bfloat16 or fewer bits.
-// Same arithmetic as the torch functions in linear.py, which they are tested against. Built by native.py, called from there.
+// Products of bfloat16 rows by AMX tiles, where the processor has them, with weights in bfloat16 or fewer bits. Tested against what
+// linear.py says that they are. Built by native.py, called from there and from layers.cpp.
 //
-// A weight lies in memory tile by tile, 16 outputs by 32 inputs. Of fewer bits each tile is widened to bfloat16 on its way to
-// the processor's tiles, so only a half or a third as much is read from memory; rows are rounded no further than bfloat16 is.
-// Weights are the left operand there: their rows are outputs, as they lie; those of x are transposed once.
+// A weight lies in memory tile by tile, 16 outputs by 32 inputs (of int8 by int8 64). Of fewer bits each tile is widened to bfloat16 on
+// its way to the processor's tiles, so only a half or a third as much is read from memory. A target's rows are rounded no further than
+// bfloat16 is, a draft's to whole numbers. For a few dozen rows weights are the left operand: their rows are outputs, as they lie, and
+// x is transposed; for more, weights are transposed once for all. Either way every sum is made in the same order.
 
 #include "tiles.h"
 
@@ -16,7 +17,7 @@
 
 namespace {
 
-static_assert(LANES == TILE);
+static_assert(LANES == TILE && MOST_GATED <= 2 * TILE);
 constexpr int64_t WEIGHTS = TILE * PAIRS;  // of a tile in bfloat16
 constexpr int64_t BLOCKS = 4;              // tiles of rows that share what is read of a weight
 constexpr int64_t AHEAD = 4, RING = 8;     // tiles are widened so many before they are needed, into so many places,
@@ -132,6 +133,7 @@ void multiply(const uint16_t* x, const uint8_t* weight, int64_t next, int64_t ti
     const auto widen = [&](int64_t k) {
         Format::widen(weight + k * Format::BYTES, place(k, 0));
         if constexpr (COLUMNS > 1) Format::widen(weight + next + k * Format::BYTES, place(k, 1));
+        asm volatile("" : : : "memory");  // tiles are loaded by what a compiler does not see
     };
     const auto wide = [&](int64_t k, int64_t column) -> const void* {
         if constexpr (Format::NOTHING) return weight + column * next + k * Format::BYTES;
@@ -197,9 +199,9 @@ uint16_t* aligned(std::vector<uint16_t>& memory, size_t count) {
 
 constexpr int64_t MOST = 256;  // rows at a time, whose tiles stay in a cache
 
-// A thread's own copy of some rows, as the right operand of tiles: [row tiles, tiles of inputs, 16 pairs of inputs, 16 rows], or
-// fours of inputs, and then the rows' steps.
-template <typename Format> struct Rows {
+// A thread's own copy of some rows, in tiles [row tiles, tiles of inputs, 1,024 bytes], and the rows' steps: as the left operand 16 rows
+// each, as the right one TURNED, 16 pairs of inputs (or fours) each.
+template <typename Format, bool TURNED> struct Rows {
     const uint16_t* tiles;
     const float* steps = nullptr;
 
@@ -218,8 +220,14 @@ template <typename Format> struct Rows {
             from = reinterpret_cast<const uint32_t*>(whole);
         }
         for (int64_t first = 0; first < rows; first += TILE)
-            for (int64_t k = 0; k < count; k++, to += WEIGHTS)
-                transpose(from + (first * count + k) * TILE, count * TILE, rows - first, reinterpret_cast<uint32_t*>(to));
+            for (int64_t k = 0; k < count; k++, to += WEIGHTS) {
+                const uint32_t* tile = from + (first * count + k) * TILE;
+                if constexpr (TURNED)
+                    transpose(tile, count * TILE, rows - first, reinterpret_cast<uint32_t*>(to));
+                else
+                    for (int64_t i = 0; i < TILE; i++)
+                        _mm512_store_si512(to + i * PAIRS, first + i < rows ? _mm512_loadu_si512(tile + i * count * TILE) : __m512i());
+            }
     }
 
     // Whole numbers up to 127, and what times them the row is about.
@@ -238,54 +246,100 @@ template <typename Format> struct Rows {
     }
 };
 
-// 16 outputs of 16 rows, times their scales and the rows' steps, plus their bias, if there are any.
-struct Result {
-    alignas(64) uint32_t turned[TILE * TILE];
-    const float* steps;
+// 16 outputs of one row: sums, times the row's step and the outputs' scales, plus their bias, if there are any.
+struct Outputs {
     __m512 by, plus;
 
-    Result(const Product& p, int64_t output, const float* steps, float* sums)
-        : steps(steps), by(p.scales ? _mm512_loadu_ps(p.scales + output) : _mm512_set1_ps(1)),
-          plus(p.bias ? _mm512_loadu_ps(p.bias + output) : _mm512_setzero_ps()) {
-        transpose(reinterpret_cast<uint32_t*>(sums), TILE, TILE, turned);
-    }
-    __m256i of_row(int64_t i) const {
-        const __m512i bits = _mm512_load_si512(turned + i * TILE);
-        const __m512 sum = steps ? _mm512_mul_ps(_mm512_cvtepi32_ps(bits), _mm512_set1_ps(steps[i])) : _mm512_castsi512_ps(bits);
+    Outputs(const Product& p, int64_t first)
+        : by(p.scales ? _mm512_loadu_ps(p.scales + first) : _mm512_set1_ps(1)),
+          plus(p.bias ? _mm512_loadu_ps(p.bias + first) : _mm512_setzero_ps()) {}
+    __m256i of(const uint32_t* sums, const float* step) const {
+        const __m512i bits = _mm512_load_si512(sums);
+        const __m512 sum = step ? _mm512_mul_ps(_mm512_cvtepi32_ps(bits), _mm512_set1_ps(*step)) : _mm512_castsi512_ps(bits);
         return __m256i(_mm512_cvtneps_pbh(_mm512_fmadd_ps(sum, by, plus)));
     }
 };
 
-// Of up to MOST rows; the outputs are shared by the threads of a team, which do not wait for each other.
+// The same of 16 rows, whose sums lie the other way.
+struct Result {
+    alignas(64) uint32_t turned[TILE * TILE];
+    const Outputs outputs;
+    const float* steps;
+
+    Result(const Product& p, int64_t first, const float* steps, float* sums) : outputs(p, first), steps(steps) {
+        transpose(reinterpret_cast<uint32_t*>(sums), TILE, TILE, turned);
+    }
+    __m256i of_row(int64_t i) const { return outputs.of(turned + i * TILE, steps ? steps + i : nullptr); }
+};
+
+// Of up to BLOCKS times 16 rows; the outputs are shared by the threads of a team, which do not wait for each other.
 template <typename Format> void product(const Product& p, const uint16_t* x, uint16_t* out, int64_t rows) {
-    const int64_t tiles = p.inputs / Format::INPUTS, row_tiles = (rows + TILE - 1) / TILE, next = tiles * Format::BYTES;
-    const int64_t together = row_tiles <= 2 ? 2 : 1;                // columns of tiles
-    const bool once = !Format::NOTHING && rows > BLOCKS * TILE;  // weights read so often are widened once
-    static thread_local std::vector<uint16_t> wide_memory;
-    const Rows<Format> packed(x, rows, p.inputs);
+    const int64_t tiles = p.inputs / Format::INPUTS, count = (rows + TILE - 1) / TILE, next = tiles * Format::BYTES;
+    const int64_t together = count <= 2 ? 2 : 1;  // columns of tiles
+    const Rows<Format, true> packed(x, rows, p.inputs);
     alignas(64) uint16_t ring[2 * RING * WEIGHTS];
     alignas(64) float sums[BLOCKS * TILE * TILE];
 #pragma omp for schedule(static) nowait
     for (int64_t column = 0; column < p.outputs / TILE; column += together) {
-        const uint8_t* from = p.weight + column * next;
-        if (once) {
-            uint16_t* wide = aligned(wide_memory, tiles * WEIGHTS);
-            for (int64_t k = 0; k < tiles; k++) Format::widen(from + k * Format::BYTES, wide + k * WEIGHTS);
-            from = reinterpret_cast<const uint8_t*>(wide);
-        }
         const int64_t columns = p.outputs / TILE - column < together ? p.outputs / TILE - column : together;
-        for (int64_t first = 0; first < row_tiles; first += BLOCKS) {
-            const int64_t count = row_tiles - first < BLOCKS ? row_tiles - first : BLOCKS;
-            const uint16_t* operand = packed.tiles + first * tiles * WEIGHTS;
-            if (once)
-                multiply<Wide>(count, columns, operand, from, next, tiles, ring, sums);
-            else
-                multiply<Format>(count, columns, operand, from, next, tiles, ring, sums);
-            for (int64_t block = 0; block < columns * count; block++) {
-                const int64_t output = (column + block / count) * TILE, row = (first + block % count) * TILE;
-                const Result result(p, output, packed.steps ? packed.steps + row : nullptr, sums + block * TILE * TILE);
-                for (int64_t i = 0; i < TILE && row + i < rows; i++)
-                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (row + i) * p.outputs + output), result.of_row(i));
+        multiply<Format>(count, columns, packed.tiles, p.weight + column * next, next, tiles, ring, sums);
+        for (int64_t block = 0; block < columns * count; block++) {
+            const int64_t output = (column + block / count) * TILE, row = block % count * TILE;
+            const Result result(p, output, packed.steps ? packed.steps + row : nullptr, sums + block * TILE * TILE);
+            for (int64_t i = 0; i < TILE && row + i < rows; i++)
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (row + i) * p.outputs + output), result.of_row(i));
+        }
+    }
+}
+
+// Of any number of rows: weights are widened once for all of them, and turned, so that rows are the left operand and results lie as
+// they should. The same sums in the same order.
+template <typename Format> void long_product(const Product& p, const uint16_t* x, uint16_t* out, int64_t rows) {
+    static thread_local std::vector<uint16_t> wide_memory;
+    const int64_t tiles = p.inputs / Format::INPUTS, next = tiles * Format::BYTES;
+    const Rows<Format, false> left(x, rows, p.inputs);
+    uint16_t* wide = aligned(wide_memory, 2 * tiles * WEIGHTS);
+    alignas(64) uint16_t tile[WEIGHTS];
+    alignas(64) uint32_t sums[4 * TILE * TILE];
+#pragma omp for schedule(static) nowait
+    for (int64_t column = 0; column < p.outputs / TILE; column += 2) {
+        const int64_t columns = p.outputs / TILE - column < 2 ? 1 : 2;
+        for (int64_t k = 0; k < columns * tiles; k++) {
+            const uint8_t* from = p.weight + column * next + k * Format::BYTES;
+            if (!Format::NOTHING) Format::widen(from, tile);
+            transpose(reinterpret_cast<const uint32_t*>(Format::NOTHING ? from : reinterpret_cast<const uint8_t*>(tile)), TILE, TILE,
+                      reinterpret_cast<uint32_t*>(wide + k * WEIGHTS));
+        }
+        asm volatile("" : : : "memory");
+        const uint16_t* second = wide + (columns - 1) * tiles * WEIGHTS;  // again the first, if there is no other
+        const Outputs outputs[] = {Outputs(p, column * TILE), Outputs(p, (column + columns - 1) * TILE)};
+        for (int64_t row = 0; row < rows; row += 2 * TILE) {
+            const uint16_t* upper = left.tiles + row / TILE * tiles * WEIGHTS;
+            const uint16_t* lower = row + TILE < rows ? upper + tiles * WEIGHTS : upper;  // again the upper ones, if there are no more
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            for (int64_t k = 0; k < tiles; k++) {
+                _tile_loadd(4, upper + k * WEIGHTS, 64);
+                _tile_loadd(6, wide + k * WEIGHTS, 64);
+                ADD(0, 4, 6)
+                _tile_loadd(7, second + k * WEIGHTS, 64);
+                ADD(1, 4, 7)
+                _tile_loadd(5, lower + k * WEIGHTS, 64);
+                ADD(2, 5, 6)
+                ADD(3, 5, 7)
+            }
+            _tile_stored(0, sums, 64);
+            _tile_stored(1, sums + TILE * TILE, 64);
+            _tile_stored(2, sums + 2 * TILE * TILE, 64);
+            _tile_stored(3, sums + 3 * TILE * TILE, 64);
+            for (int64_t i = 0; i < 2 * TILE && row + i < rows; i++) {
+                const float* step = left.steps ? left.steps + row + i : nullptr;
+                const uint32_t* mine = sums + (i / TILE * 2 * TILE + i % TILE) * TILE;
+                for (int64_t c = 0; c < columns; c++)
+                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (row + i) * p.outputs + (column + c) * TILE),
+                                        outputs[c].of(mine + c * TILE * TILE, step));
             }
         }
     }
@@ -294,7 +348,7 @@ template <typename Format> void product(const Product& p, const uint16_t* x, uin
 // Of up to MOST_GATED rows. What one thread makes of a gate and of what it gates never leaves that thread.
 template <typename Format> void gated_product(const Product& p, const uint16_t* x, uint16_t* out, int64_t rows, Ahead& ahead) {
     const int64_t tiles = p.inputs / Format::INPUTS, count = (rows + TILE - 1) / TILE, width = p.outputs / 2;
-    const Rows<Format> packed(x, rows, p.inputs);
+    const Rows<Format, true> packed(x, rows, p.inputs);
     alignas(64) uint16_t ring[2 * RING * WEIGHTS];
     alignas(64) float sums[BLOCKS * TILE * TILE];
     alignas(64) bf16 gate[TILE], up[TILE];
@@ -461,8 +515,9 @@ bool find(const uint16_t* weight, uint8_t* out, int64_t outputs, int64_t inputs)
 
 void share_product(const Product& p, const uint16_t* x, uint16_t* out, int64_t rows) {
     by_format(p, [&](auto format) {
+        if (rows <= BLOCKS * TILE) return product<decltype(format)>(p, x, out, rows);
         for (int64_t first = 0; first < rows; first += MOST)
-            product<decltype(format)>(p, x + first * p.inputs, out + first * p.outputs, rows - first < MOST ? rows - first : MOST);
+            long_product<decltype(format)>(p, x + first * p.inputs, out + first * p.outputs, rows - first < MOST ? rows - first : MOST);
     });
 #pragma omp barrier
 }

@@ -193,18 +193,9 @@ template <typename T> void argmax(const T* x, int64_t* places, int64_t rows, int
 
 }  // namespace
 
-// Of the first three, what every thread of a team calls (layers.h), and by themselves
 #define EXPORT(T)                                                                                                      \
-    extern "C" void share_add_norm_##T(const T* x, const T* d, const T* w, T* t, T* o, int64_t rows, int64_t n, float eps) { \
-        add_norm(x, d, w, t, o, rows, n, eps);                                                                         \
-    }                                                                                                                  \
     extern "C" void add_norm_##T(const T* x, const T* d, const T* w, T* t, T* o, int64_t rows, int64_t n, float eps) {  \
         _Pragma("omp parallel if (rows * n > LIGHT)") add_norm(x, d, w, t, o, rows, n, eps);                           \
-    }                                                                                                                  \
-    extern "C" void share_rotate_##T(const T* m, const T* c, const T* s, const T* w, T* q, T* k, T* v,                  \
-                                     const int64_t* firsts, int64_t slots, int64_t batch, int64_t rows, int64_t heads,  \
-                                     int64_t groups, int64_t n, float eps) {                                            \
-        rotate(m, c, s, w, q, k, v, firsts, slots, batch, rows, heads, groups, n, eps);                                \
     }                                                                                                                  \
     extern "C" void rotate_##T(const T* m, const T* c, const T* s, const T* w, T* q, T* k, T* v, const int64_t* firsts, \
                                int64_t slots, int64_t batch, int64_t rows, int64_t heads, int64_t groups, int64_t n,   \
@@ -212,7 +203,6 @@ template <typename T> void argmax(const T* x, int64_t* places, int64_t rows, int
         _Pragma("omp parallel if (batch * rows * (heads + 2 * groups) * n > LIGHT)")                                   \
             rotate(m, c, s, w, q, k, v, firsts, slots, batch, rows, heads, groups, n, eps);                            \
     }                                                                                                                  \
-    extern "C" void share_gate_##T(const T* x, T* o, int64_t rows, int64_t n) { gate(x, o, rows, n); }                  \
     extern "C" void gate_##T(const T* x, T* o, int64_t rows, int64_t n) {                                              \
         _Pragma("omp parallel if (rows * n > LIGHT)") gate(x, o, rows, n);                                             \
     }                                                                                                                  \
@@ -231,3 +221,14 @@ template <typename T> void argmax(const T* x, int64_t* places, int64_t rows, int
 
 EXPORT(float)
 EXPORT(bf16)
+
+// What every thread of a team calls (layers.h)
+extern "C" void share_add_norm_bf16(const bf16* x, const bf16* d, const bf16* w, bf16* t, bf16* o, int64_t rows, int64_t n, float eps) {
+    add_norm(x, d, w, t, o, rows, n, eps);
+}
+extern "C" void share_rotate_bf16(const bf16* m, const bf16* c, const bf16* s, const bf16* w, bf16* q, bf16* k, bf16* v,
+                                  const int64_t* firsts, int64_t slots, int64_t batch, int64_t rows, int64_t heads, int64_t groups,
+                                  int64_t n, float eps) {
+    rotate(m, c, s, w, q, k, v, firsts, slots, batch, rows, heads, groups, n, eps);
+}
+extern "C" void share_gate_bf16(const bf16* x, bf16* o, int64_t rows, int64_t n) { gate(x, o, rows, n); }

@@ -1,5 +1,5 @@
 """What stands between the matrix products of a decoder layer: norms, rotations and the gate; and what
-rows of logits say: which tokens a draft likes best, how probable the target finds one.
+rows of logits say: which tokens a draft likes best, how probable the target finds one; and mixtures of experts.
 
 A verification reads a few dozen rows, so these cost little arithmetic but, as torch operations, some fifteen calls a
 layer. `NativeRows` does each in one pass, by `rows.cpp`; `Rows`, in torch, is the reference it must equal and does the
@@ -207,8 +207,8 @@ class NativeRows(Rows):
     ) -> tuple[Float[Tensor, "B R count"], Int[Tensor, "B R count"]]:
         if not self._serves(logits):
             return super().best(logits, count)
-        values = torch.empty(*logits.shape[:-1], count)
-        places = torch.empty(values.shape, dtype=torch.int64)
+        values = logits.new_empty(*logits.shape[:-1], count, dtype=torch.float32)
+        places = logits.new_empty(values.shape, dtype=torch.int64)
         width = logits.shape[-1]
         self._functions["best", logits.dtype](
             logits.data_ptr(), values.data_ptr(), places.data_ptr(), logits.numel() // width, width, count
@@ -218,7 +218,7 @@ class NativeRows(Rows):
     def argmax(self, logits: Float[Tensor, "B R V"]) -> Int[Tensor, "B R"]:
         if not self._serves(logits):
             return super().argmax(logits)
-        places = torch.empty(logits.shape[:-1], dtype=torch.int64)
+        places = logits.new_empty(logits.shape[:-1], dtype=torch.int64)
         width = logits.shape[-1]
         self._functions["argmax", logits.dtype](logits.data_ptr(), places.data_ptr(), logits.numel() // width, width)
         return places
@@ -229,7 +229,7 @@ class NativeRows(Rows):
         if not (logits.dtype in SUFFIXES and logits.is_contiguous() and logits.is_cpu):
             return super().log_probs(logits, picked, tokens)
         picked, tokens = picked.contiguous(), tokens.contiguous()
-        found = torch.empty(picked.shape)
+        found = logits.new_empty(picked.shape, dtype=torch.float32)
         self._functions["log_probs", logits.dtype](
             logits.data_ptr(),
             picked.data_ptr(),

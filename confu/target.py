@@ -24,7 +24,8 @@ from confu.cache import KVCache
 from confu.contemplate import Contemplation, tree_rows_mask
 from confu.forward import Forward, ModelForward
 from confu.graphs import GraphForward
-from confu.tree import Tree, on_host, take
+from confu.native import on_host
+from confu.tree import Tree, take
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 """Rotary embeddings that a draft's layer can have."""
@@ -142,9 +143,14 @@ class Target:
 
         Sequences shorter than T are padded at the right with any token.
         """
-        features = self._causal(cache, tokens, num_logits=0)[1]
-        cache.advance(counts)
-        return features
+        most, (batch, num_rows) = self.forward_rows.most_rows, tokens.shape
+        width = num_rows if most is None else max(1, most // batch)
+        features = []
+        for first in range(0, num_rows, width):
+            piece = tokens[:, first : first + width]
+            features.append(self._causal(cache, piece, num_logits=0)[1])
+            cache.advance([min(max(count - first, 0), piece.shape[1]) for count in counts])
+        return torch.cat(features, dim=1) if len(features) > 1 else features[0]
 
     def logits(self, tokens: Int[Tensor, "B T"], last: int) -> Float[Tensor, "B last V"]:
         """Logits (float32) of the ``last`` positions of whole sequences, by themselves and from nothing."""
@@ -165,8 +171,8 @@ class Target:
         """Run tokens behind what the cache holds, each seeing those before it; not kept yet."""
         batch, num_rows = tokens.shape
         cache.open_rows(num_rows)
-        mask = None  # an empty cache: plain causal attention, with the fast kernels that have no mask
-        if max(cache.lengths) > 0:
+        mask = None  # an empty cache: plain causal attention, with torch's fast kernels that have no mask
+        if max(cache.lengths) > 0 or self.forward_rows.most_rows is not None:
             causal = torch.ones(num_rows, num_rows, dtype=torch.bool, device=self.device).tril()
             mask = cache.row_mask(causal.expand(batch, -1, -1), with_soft=False)
         positions = cache.lengths_tensor()[:, None] + torch.arange(num_rows, device=self.device)
@@ -212,9 +218,8 @@ class Target:
         cache.open_rows(num_rows, with_soft=num_con > 0)
         if (lay_out := on_host("lay_out_rows", 7, 6, tree.scores)) is not None:
             sizes = batch, num_nodes, num_con, cache.num_soft_keys, max(cache.lengths)
-            con_nodes = torch.empty(batch, num_con, dtype=torch.int64)
-            positions = torch.empty(batch, num_rows, dtype=torch.int64)
-            mask = torch.empty(batch, num_rows, sum(sizes[1:]), dtype=torch.bool)
+            con_nodes, positions = tree.depths.new_empty(batch, num_con), tree.depths.new_empty(batch, num_rows)
+            mask = tree.ancestors.new_empty(batch, num_rows, sum(sizes[1:]))
             tensors = tree.ancestors, tree.scores, tree.depths, cache.lengths_tensor(), con_nodes, positions, mask
             held = [tensor.contiguous() for tensor in tensors]
             lay_out(*map(Tensor.data_ptr, held), *sizes, last_position)

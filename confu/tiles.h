@@ -58,6 +58,8 @@ inline void transpose(const uint32_t* from, int64_t stride, int64_t count, uint3
 
 #else
 
-struct Tiles {};
+struct Tiles {
+    Tiles() {}  // so that one is not called unused
+};
 
 #endif

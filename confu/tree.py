@@ -8,8 +8,7 @@ Shapes: B batch, N nodes, k top-k.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from confu.costs import Budget
-from confu.native import compiled
+from confu.native import on_host
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def from_parents(
     height = num_nodes - 1 if height is None else min(height, num_nodes - 1)
     if (see := on_host("see_ancestors", 4, 2, scores)) is not None:
         parents, scores = parents.contiguous(), scores.contiguous()
-        depths, ancestors = torch.empty_like(parents), torch.empty(*parents.shape, num_nodes, dtype=torch.bool)
+        depths, ancestors = torch.empty_like(parents), scores.new_empty(*parents.shape, num_nodes, dtype=torch.bool)
         see(*map(Tensor.data_ptr, (parents, scores, depths, ancestors)), *parents.shape)
         return Tree(tokens, parents, depths, ancestors, scores, height)
     ancestors = torch.eye(num_nodes, dtype=torch.bool, device=tokens.device).expand(len(tokens), -1, -1)
@@ -72,18 +71,6 @@ def from_parents(
     for _ in range(max(num_nodes - 1, 1).bit_length()):
         reach = (reach.float() @ reach.float()) > 0
     return Tree(tokens, parents, reach.sum(2) - 1, reach, scores, height)
-
-
-def on_host(name: str, num_pointers: int, num_sizes: int, given: Tensor) -> Callable[..., None] | None:
-    """A function of `trees.cpp`, for scores in float32 or indices, where it can be made. None elsewhere, and on other
-    devices."""
-    known = given.is_cpu and given.dtype in (torch.float32, torch.int64)
-    return _compiled(name, num_pointers, num_sizes) if known else None
-
-
-@functools.cache
-def _compiled(name: str, num_pointers: int, num_sizes: int) -> Callable[..., None] | None:
-    return compiled(name, num_pointers, num_sizes)
 
 
 def root_only(tokens: Int[Tensor, " B"]) -> Tree:
@@ -158,7 +145,7 @@ class Candidates:
         count, levels = min(num_nodes - 1, tokens.shape[1]), len(self.tokens)
         if (choose := on_host("best_candidates", 3, 3, scores)) is not None:
             batch, all_count = scores.shape
-            order, sorted_scores = torch.empty(batch, count, dtype=torch.int64), torch.empty(batch, count)
+            order, sorted_scores = tokens.new_empty(batch, count), scores.new_empty(batch, count)
             choose(*map(Tensor.data_ptr, (scores, order, sorted_scores)), batch, all_count, count)
             nodes = count + 1 if budget is None else budget.nodes(sorted_scores, levels)
             return _planted(root, tokens, parents, scores, order, nodes, levels)
@@ -192,8 +179,8 @@ def _planted(
     plant = on_host("plant_trees", 8, 4, scores)
     assert plant is not None
     batch, count = tokens.shape
-    found = torch.empty(3, batch, nodes, dtype=torch.int64)
-    kept_scores, ancestors = torch.empty(batch, nodes), torch.empty(batch, nodes, nodes, dtype=torch.bool)
+    found, kept_scores = tokens.new_empty(3, batch, nodes), scores.new_empty(batch, nodes)
+    ancestors = scores.new_empty(batch, nodes, nodes, dtype=torch.bool)
     tensors = (tokens, parents, scores, root.contiguous(), order, found, kept_scores, ancestors)
     plant(*map(Tensor.data_ptr, tensors), batch, count, order.shape[1], nodes)
     return Tree(found[0], found[1], found[2], ancestors, kept_scores, min(levels, nodes - 1))

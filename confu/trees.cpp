@@ -1,5 +1,5 @@
 // What a round does with its trees, of a dozen nodes each, on a CPU: as torch operations, of which there are some seventy, each
-// would take longer than its work. Same results as the torch code in tree.py, verify.py and cache.py, which they are tested
+// would take longer than its work. Same results as the torch code in tree.py, verify.py, target.py, generate.py and cache.py, which they are tested
 // against.
 
 #include <algorithm>
@@ -10,11 +10,11 @@
 
 namespace {
 
-// Whether a node is one: padding scores minus infinity, for which -ffast-math has no word.
+// Whether a node is one: padding scores minus infinity, for which -ffast-math has no word (nor for what is no number).
 inline bool is_node(float score) {
     uint32_t bits;
     std::memcpy(&bits, &score, 4);
-    return bits != 0xff800000;
+    return (bits & 0x7f800000) != 0x7f800000;
 }
 
 // Of one tree, whose parents come before their children: the distance of every node from the root, and what it sees.
@@ -121,7 +121,7 @@ extern "C" void walk_trees(const int64_t* tokens, const int64_t* parents, const 
         for (int64_t i = 1; i < nodes; i++) {
             if (!is_node(scores[i])) continue;
             drafted++;
-            if (parents[i] == end && tokens[i] == drawn[end]) {
+            if (accepted < width && parents[i] == end && tokens[i] == drawn[end]) {
                 told[accepted - 1] = drawn[end];
                 path[accepted++] = end = i;
                 marked[i] = 1;
@@ -141,8 +141,8 @@ extern "C" void walk_trees(const int64_t* tokens, const int64_t* parents, const 
             const float value = float(depths[i]) * 1e4f + scores[i];
             if (best == end || value > most) best = i, most = value;
         }
-        for (int64_t i = best; i != end; i = parents[i]) long_ahead++;
-        for (int64_t i = best, at = long_ahead; i != end; i = parents[i]) ahead[--at] = tokens[i];
+        for (int64_t i = best; i != end && long_ahead < width; i = parents[i]) long_ahead++;
+        for (int64_t i = best, at = long_ahead; i != end && at > 0; i = parents[i]) ahead[--at] = tokens[i];
         counts[0] = accepted, counts[1] = drafted, counts[2] = long_ahead, counts[3] = drawn[end];
     }
 }

@@ -36,8 +36,9 @@ class Turns:
         if not x.is_cpu or type(cache) is not KVCache or self.rotary.rope_type not in FIXED:
             return self.rotary(x, positions)
         end = max(cache.lengths) + ahead
-        if not self._tables or len(self._tables[0]) < end or self._tables[0].dtype != x.dtype:
-            known = torch.arange(max(end, cache.capacity))[None]
-            self._tables = tuple(table[0] for table in self.rotary(x, known))
-        cos, sin = (torch.nn.functional.embedding(positions, table) for table in self._tables)
+        tables = self._tables
+        if not tables or len(tables[0]) < end or tables[0].dtype != x.dtype:
+            known = torch.arange(max(end, cache.capacity), device=x.device)[None]
+            tables = self._tables = tuple(table[0] for table in self.rotary(x, known))
+        cos, sin = (torch.nn.functional.embedding(positions, table) for table in tables)
         return cos, sin

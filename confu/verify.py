@@ -16,8 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from confu.config import SamplingConfig
+from confu.native import on_host
 from confu.rows import rows
-from confu.tree import Tree, on_host
+from confu.tree import Tree
 
 Warper = Callable[[Float[Tensor, "R V"]], Float[Tensor, "R V"]]
 
@@ -94,9 +95,10 @@ def _walk_on_host(
 ) -> Walk:
     """The same by the compiled function."""
     tensors = tree.tokens, tree.parents, tree.depths, tree.scores, drawn
+    assert drawn.dtype == tree.tokens.dtype == torch.int64
     held = [tensor.contiguous() for tensor in tensors]
     (batch, nodes), width = tree.tokens.shape, tree.height + 1
-    numbers, lines = torch.empty(batch, 4, dtype=torch.int64), torch.empty(batch, 3, width, dtype=torch.int64)
+    numbers, lines = drawn.new_empty(batch, 4), drawn.new_empty(batch, 3, width)
     walk_down(*map(Tensor.data_ptr, (*held, numbers, lines)), batch, nodes, width)
     counts, num_drafted, num_ahead, _ = (column.tolist() for column in numbers.unbind(1))
     longest = max(counts)

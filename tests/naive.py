@@ -35,7 +35,7 @@ def in_torch():
             "confu.verify.on_host",
             "confu.target.on_host",
             "confu.generate.on_host",
-            "confu.cache.compiled",
+            "confu.cache.on_host",
         ):
             stack.enter_context(patch(name, lambda *name: None))
         yield

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from confu import attention
-from confu.attention import Attention
-from confu.rows import MOST_ROWS
+from confu.attention import MOST_ROWS, Attention
 
 BF16 = torch.bfloat16
 
@@ -32,9 +31,9 @@ def by_hand(queries, keys, values, mask):
     return (weights @ values).transpose(1, 2).flatten(2)
 
 
-def attend(queries, keys, values, mask):
-    per_group = queries.shape[1] // keys.shape[1]
-    made = Attention(mask, per_group=per_group, head_dim=queries.shape[-1], dtype=queries.dtype)
+def attend(queries, keys, values, mask, num_soft=0):
+    per_group, head_dim = queries.shape[1] // keys.shape[1], queries.shape[-1]
+    made = Attention(mask, per_group=per_group, head_dim=head_dim, dtype=queries.dtype, num_soft=num_soft)
     return made, made(queries, keys, values)
 
 
@@ -113,6 +112,16 @@ def test_a_row_does_not_see_what_stands_behind_it(tiles, count):
     _, behind = attend(queries, keys, values, mask)
     _, alone = attend(queries, keys[:, :, :count], values[:, :, :count], mask[:, :, :count])
     assert torch.equal(alone, behind)
+
+
+@pytest.mark.parametrize("num_soft", [1, 16, 128])
+def test_a_row_does_not_notice_soft_prompts_that_it_does_not_see(tiles, num_soft):
+    queries, keys, values, mask = drawn(2, 6, 2, 3, 500, 64)
+    mask[:, :2, :num_soft] = False
+    _, with_soft = attend(queries, keys, values, mask, num_soft)
+    _, alone = attend(queries, keys[:, :, num_soft:], values[:, :, num_soft:], mask[:, :, num_soft:])
+    assert torch.equal(alone[:, :2], with_soft[:, :2])
+    torch.testing.assert_close(with_soft.double(), by_hand(queries, keys, values, mask), rtol=2**-7, atol=2**-8)
 
 
 def test_other_strides(tiles):

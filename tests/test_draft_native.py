@@ -93,7 +93,7 @@ def committed(drafter: TreeDrafter, lengths: list[int]):
         future = anchors = None
         if seed and drafter.contemplation is not None:
             future = 3 * random(batch, 2, 4 * 64, seed=9).bfloat16()
-            anchors = torch.zeros(batch, 2, dtype=torch.int64)
+            anchors = torch.tensor([[0, b % 2] for b in range(batch)])  # not all as far from the next tree
         following = torch.arange(batch) + 5
         drafter.commit(state, Accepted(tokens, counts, following, features, future, anchors))
     return state

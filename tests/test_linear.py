@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import families
@@ -16,6 +17,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from confu import linear
+from confu.config import DraftConfig
+from confu.contemplate import Contemplation
 from confu.draft_forward import DraftForward
 from confu.linear import (
     Int8Product,
@@ -195,28 +198,103 @@ def test_a_target_in_blocks_is_the_same_target_bit_for_bit(monkeypatch):
     assert all(map(torch.equal, ours, theirs))
 
 
-@needs_tiles
-@pytest.mark.parametrize("num_rows", [2, 12, 17, 30])
-def test_a_chain_at_once_is_one_token_at_a_time_bit_for_bit(num_rows):
-    """So a drafted chain parts from plain decoding nowhere, though both round to bfloat16."""
+def wide_target() -> Target:
+    """Of random weights, wide enough that a last bit somewhere shows."""
     config = LlamaConfig(vocab_size=64, num_hidden_layers=naive.LAYERS, initializer_range=0.1,
                          **SMALL | {"hidden_size": 128, "intermediate_size": 1536})  # fmt: skip
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
     target = Target(model, forward=pack(copy.deepcopy(model)))
     assert target.forward_rows._at_once is not None
+    return target
+
+
+def wide_contemplation() -> Contemplation:
+    """For it, with random soft prompts."""
+    sizes = {"vocab_size": 64, "draft_vocab_size": 48, "hidden_size": 128, "intermediate_size": 96, "head_dim": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_target_layers": naive.LAYERS}
+    rope = {"max_position_embeddings": 256, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    confu = {"num_soft_prompts": 16, "num_experts": 2, "top_experts": 1, "replication": 2, "future_form": "head"}
+    config = DraftConfig(method="confu", target="tiny", feature_layers=naive.FEATURE_LAYERS, future_steps=2,
+                         **sizes, **heads, **rope, **confu)  # fmt: skip
+    contemplation = Contemplation(config)
+    for seed, parameter in enumerate(contemplation.parameters()):
+        parameter.data = random(*parameter.shape, seed=seed)
+    return contemplation.bfloat16().requires_grad_(False)
+
+
+@needs_tiles
+@pytest.mark.parametrize("num_con", [0, 1, 3])
+@pytest.mark.parametrize("num_rows", [2, 12, 17, 33, 100])
+def test_a_chain_at_once_is_one_token_at_a_time_bit_for_bit(num_rows, num_con):
+    """So a drafted chain parts from plain decoding nowhere, though both round to bfloat16, and contemplating or not."""
+    target = wide_target()
+    contemplation = wide_contemplation() if num_con else None
     tokens, before = torch.randint(64, (1, 200 + num_rows), generator=torch.Generator().manual_seed(1)), 120
     with torch.inference_mode():
-        caches = [target.new_cache(1, 256) for _ in range(2)]
+        caches = [target.new_cache(1, 256, contemplation) for _ in range(2)]
         for cache in caches:
             target.prefill(cache, tokens[:, :before], [before])
         drafted = tokens[:, before : before + num_rows]
-        together = target.verify(caches[0], naive.chain(drafted[:, 0], drafted[:, 1:], torch.tensor([num_rows - 1])))
+        chain = naive.chain(drafted[:, 0], drafted[:, 1:], torch.tensor([num_rows - 1]))
+        router_state = torch.ones(1, 3 * target.hidden_size, dtype=torch.bfloat16)
+        together = target.verify(caches[0], chain, contemplation, num_con=num_con, router_state=router_state)
         for i in range(num_rows):
             alone = target.verify(caches[1], root_only(drafted[:, i]))
             caches[1].advance([1])
             assert torch.equal(alone.logits[:, 0], together.logits[:, i])
             assert torch.equal(alone.features[:, 0], together.features[:, i])
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's threads, which are those of the compiled functions."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@needs_tiles
+@pytest.mark.parametrize("kind", [None, "Q4_1", "Q8_0"])
+def test_a_team_of_any_size_computes_the_same(threads, kind):
+    target, found = wide_target(), []
+    weight = random(96, 576).bfloat16() if kind is None else from_gguf(kind, random(96, 576))
+    layers = [product(weight), product(weight, None, "int8"), product(weight, None, linear.ROUGH)]
+    tokens = torch.randint(64, (2, 180), generator=torch.Generator().manual_seed(1))
+    for count in (1, 2, 3, 5):
+        threads(count)
+        with torch.inference_mode():
+            cache = target.new_cache(2, 256)
+            outs = [target.prefill(cache, tokens[:, :150], [150, 131])]
+            for rows in (1, 17):
+                drafted = tokens[:, 150 : 150 + rows]
+                tree = naive.chain(drafted[:, 0], drafted[:, 1:], torch.tensor([rows - 1] * 2))
+                outs.append(target.verify(cache, tree).logits)
+            outs += [layer(random(rows, 576, seed=2).bfloat16()) for layer in layers for rows in (1, 17, 40, 300)]
+        found.append(outs)
+    for outs in found[1:]:
+        assert all(map(torch.equal, outs, found[0]))
+
+
+@needs_tiles
+def test_two_python_threads_share_a_target():
+    target = wide_target()
+    tokens = torch.randint(64, (1, 60), generator=torch.Generator().manual_seed(1))
+
+    def read(count: int) -> list[torch.Tensor]:
+        with torch.inference_mode():
+            outs = []
+            for length in range(count, count + 12):
+                cache = target.new_cache(1, 256)
+                target.prefill(cache, tokens[:, :length], [length])
+                drafted = tokens[:, length : length + 9]
+                outs.append(target.verify(cache, naive.chain(drafted[:, 0], drafted[:, 1:], torch.tensor([8]))).logits)
+            return outs
+
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(read, (20, 37)))
+    for count, outs in zip((20, 37), together, strict=True):
+        assert all(map(torch.equal, outs, read(count)))
 
 
 def test_the_fastest_product_is_chosen():
