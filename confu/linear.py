@@ -3,7 +3,8 @@
 Verification reads all weights for a few dozen rows, so a round costs what reading them costs. On a CPU, oneDNN reads a
 prepacked weight about twice as fast as a plain one, and AMX tiles of our own are faster still for few rows; weights
 that were made of the blocks of a GGUF file stay in them, a third of the bytes, and in int8 there is half as much to
-read. Drafts' rows may be rounded, too. The plain product, `torch.nn.functional.linear`, is the reference that all are tested against.
+read. Drafts' rows may be rounded, too. The plain product, `torch.nn.functional.linear`, is the reference that all are
+tested against.
 
 Shapes: K inputs, N outputs.
 """
