@@ -13,7 +13,6 @@
 
 #ifdef CONFU_TILES
 #include <cmath>
-#include <type_traits>
 
 namespace {
 

@@ -12,7 +12,7 @@ from test_target import check_cache, prefilled, random_prompts, random_trees, ro
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from confu import draft_forward, drafter, graphs, llama, load, tree, tune
+from confu import draft_forward, drafter, graphs, llama, load, native, tune
 from confu.assistant import Assistant
 from confu.commands.bench import bench
 from confu.config import ComputeConfig, SamplingConfig, TreeConfig
@@ -77,7 +77,7 @@ def _recordable(monkeypatch):
     monkeypatch.setattr(graphs, "LEAST_SLOTS", 16)  # so that these short texts outgrow them
     for module in (llama, draft_forward, drafter):
         monkeypatch.setattr(module, "rows", Rows)  # a tape does not hear the compiled functions
-    monkeypatch.setattr(tree, "on_host", lambda *name: None)
+    monkeypatch.setattr(native, "_compiled", lambda *name: None)
 
 
 def graphed(model) -> Target:
