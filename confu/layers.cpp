@@ -37,15 +37,15 @@ struct Work {
     const Shape& s;
     const int64_t n = s.batch * s.rows, queries_width = s.heads * s.head_dim;
     uint16_t *normed, *mixed, *queries, *attended, *both, *gated;
-    float* room;
+    AttentionRoom* room;
 
     static int64_t width(const Shape& s, const Layer& layer) {
         return s.width + layer.qkv.outputs + 2 * s.heads * s.head_dim + 3 * layer.down.inputs;
     }
-    Work(const Shape& s, const Layer& layer, Memory& memory)
+    Work(const Shape& s, const Layer& layer, const uint8_t* mask, Memory& memory)
         : s(s), normed(memory.take(s.width)), mixed(memory.take(layer.qkv.outputs)), queries(memory.take(queries_width)),
           attended(memory.take(queries_width)), both(memory.take(2 * layer.down.inputs)), gated(memory.take(layer.down.inputs)) {
-        room = attention_memory(attention_room(s.batch, s.heads, s.groups, s.rows, s.num_keys, s.lead, s.head_dim));
+        room = attention_room(mask, s.batch, s.heads, s.groups, s.rows, s.num_keys, s.lead, s.head_dim);
     }
 
     // What the projections read is `row`, what the layer adds to `entering`; it leaves as two summands, `between` and `delta`.
@@ -81,7 +81,7 @@ extern "C" void layers_bf16(const Layer* layers, const Shape* shape, const Place
     const int64_t n = s.batch * s.rows;
     Memory memory(n, 3 * s.width + Work::width(s, layers[0]));
     uint16_t *entering = memory.take(s.width), *between = memory.take(s.width), *delta = memory.take(s.width);
-    Work work(s, layers[0], memory);
+    Work work(s, layers[0], first->mask, memory);
     const auto capture = [&](int64_t index, const uint16_t* state) {
         for (int64_t j = 0; j < s.num_captured; j++)
             for (int64_t i = 0; captured[j] == index && i < n; i++)
@@ -118,7 +118,7 @@ extern "C" void draft_layer_bf16(const Draft* draft, const Shape* shape, const P
     Memory memory(n, 6 * s.width + Work::width(s, layer));
     uint16_t *row = memory.take(2 * s.width), *first = memory.take(s.width), *second = memory.take(s.width);
     uint16_t *between = memory.take(s.width), *delta = memory.take(s.width);
-    const Work work(s, layer, memory);
+    const Work work(s, layer, place->mask, memory);
 #pragma omp parallel
     {
         const Tiles tiles;

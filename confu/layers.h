@@ -14,6 +14,8 @@ inline int64_t team_size() { return 1; }
 inline int64_t team_member() { return 0; }
 #endif
 
+struct AttentionRoom;  // what attention.cpp needs for one mask, whatever the layer
+
 // What is shared by a team: each thread calls it, takes its part, and leaves when all have done theirs.
 extern "C" {
 void share_add_norm_bf16(const uint16_t*, const uint16_t*, const uint16_t*, uint16_t*, uint16_t*, int64_t, int64_t, float);
@@ -24,9 +26,9 @@ void tile_product(const uint16_t*, const uint8_t*, const float*, const float*, u
 void best_bf16(const uint16_t*, float*, int64_t*, int64_t, int64_t, int64_t);
 }
 void share_attention(const uint16_t*, const uint16_t*, const uint16_t*, const uint8_t*, uint16_t*, int64_t, int64_t, int64_t, int64_t,
-                     int64_t, int64_t, int64_t, int64_t, int64_t, float, float* room);
-int64_t attention_room(int64_t batch, int64_t heads, int64_t groups, int64_t rows, int64_t num_keys, int64_t lead, int64_t width);
-float* attention_memory(int64_t count);  // of the calling thread
+                     int64_t, int64_t, int64_t, int64_t, int64_t, float, AttentionRoom*);
+AttentionRoom* attention_room(const uint8_t* mask, int64_t batch, int64_t heads, int64_t groups, int64_t rows, int64_t num_keys,
+                              int64_t lead, int64_t width);  // of the calling thread
 
 // Memory that is soon to be read, asked for piece by piece while something else is computed: a thread's part of the keys and
 // values of all groups.

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
 
-from confu.attention import MOST_ROWS, Attention
+from confu.attention import Attention
 from confu.cache import KVCache, PrefixCache
 from confu.layers import Layers, LayerWeights, serves
 from confu.linear import product
@@ -24,6 +24,7 @@ from confu.memory import forget_mapped
 from confu.rows import rows
 from confu.turns import Turn, Turns
 
+READ_AT_ONCE = 256  # rows of a prompt: what is made of them stays in the second cache
 FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
 
@@ -77,7 +78,7 @@ class LlamaForward:
                 _empty(layer)
         self.in_blocks = quantization is None and getattr(self.layers[0].qkv, "bits", 16) < 16
         self._at_once = Layers.of(self.layers, self.norm, self.eps)
-        self.most_rows = MOST_ROWS if self._at_once is not None else None
+        self.most_rows = READ_AT_ONCE if self._at_once is not None else None
 
     def __call__(
         self,

@@ -114,6 +114,30 @@ def test_a_row_does_not_see_what_stands_behind_it(tiles, count):
     assert torch.equal(alone, behind)
 
 
+@pytest.mark.parametrize("shared", [0, 1, 31, 32, 95, 100, 127, 128, 250])
+@pytest.mark.parametrize(("num_soft", "width"), [(0, 64), (5, 32), (0, 256)])
+def test_a_row_does_not_see_gaps_between_its_keys(tiles, shared, num_soft, width):
+    """The same bits for a row, whether what it sees are the nodes of a path in a tree or one token behind another."""
+    queries, keys, values, mask = drawn(2, 6, 2, 23, num_soft + shared + 290, width)
+    mask[:, :, :num_soft] = False
+    mask[:, :, num_soft : num_soft + shared] = True
+    mask[:, ::2, num_soft + shared + 20 :] = False  # few keys of its own, as in a tree, and many
+    mask[:, 0, num_soft + shared :] = False
+    mask[:, 0, num_soft + shared] = shared == 0
+    _, apart = attend(queries, keys, values, mask, num_soft)
+    torch.testing.assert_close(apart.double(), by_hand(queries, keys, values, mask), rtol=2**-7, atol=2**-8)
+    for sequence in range(2):
+        for row in range(mask.shape[1]):
+            seen, one = mask[sequence, row], slice(sequence, sequence + 1)
+            _, alone = attend(
+                queries[one, :, row : row + 1].contiguous(),
+                keys[one][:, :, seen].contiguous(),
+                values[one][:, :, seen].contiguous(),
+                torch.ones(1, 1, int(seen.sum()), dtype=torch.bool),
+            )
+            assert torch.equal(alone[0, 0], apart[sequence, row]), (sequence, row)
+
+
 @pytest.mark.parametrize("num_soft", [1, 16, 128])
 def test_a_row_does_not_notice_soft_prompts_that_it_does_not_see(tiles, num_soft):
     queries, keys, values, mask = drawn(2, 6, 2, 3, 500, 64)

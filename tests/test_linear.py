@@ -35,7 +35,7 @@ from confu.llama import LlamaForward, is_llama_like
 from confu.load import pack, read_network
 from confu.memory import forget_mapped
 from confu.target import Target
-from confu.tree import root_only
+from confu.tree import from_parents, root_only
 
 LLAMA_LIKE = ("Llama 3", "Llama 3, tied head", "Qwen2, Qwen2.5", "Qwen3", "Mistral")
 
@@ -244,6 +244,38 @@ def test_a_chain_at_once_is_one_token_at_a_time_bit_for_bit(num_rows, num_con):
             caches[1].advance([1])
             assert torch.equal(alone.logits[:, 0], together.logits[:, i])
             assert torch.equal(alone.features[:, 0], together.features[:, i])
+
+
+@needs_tiles
+@pytest.mark.parametrize("before", [[95], [120], [128], [127, 60, 96]])
+@pytest.mark.parametrize("num_con", [0, 2, 40])
+@pytest.mark.parametrize(("num_nodes", "branching"), [(12, 3), (40, 2), (40, 8), (100, 4)])
+def test_a_tree_at_once_is_each_path_one_token_at_a_time_bit_for_bit(num_nodes, branching, before, num_con):
+    """So trees part from plain decoding nowhere either: ancestors of a node stand with others between them."""
+    target = wide_target()
+    contemplation = wide_contemplation() if num_con else None
+    generator, batch = torch.Generator().manual_seed(num_nodes), len(before)
+    tokens = torch.randint(64, (batch, 140), generator=generator)
+    drafted = torch.randint(64, (batch, num_nodes), generator=generator)
+    parents = torch.tensor([[max(0, (i - 1) // branching) for i in range(num_nodes)]] * batch)
+    tree = from_parents(drafted, parents, -torch.arange(num_nodes).float().expand(batch, -1))
+    router_state = torch.ones(batch, 3 * target.hidden_size, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        cache = target.new_cache(batch, 400, contemplation)
+        target.prefill(cache, tokens, before)
+        together = target.verify(cache, tree, contemplation, num_con=num_con, router_state=router_state)
+        for sequence, length in enumerate(before):
+            for leaf in range(num_nodes - 3, num_nodes):
+                path = [leaf]
+                while path[0]:
+                    path.insert(0, int(parents[sequence, path[0]]))
+                alone = target.new_cache(1, 256)
+                target.prefill(alone, tokens[sequence : sequence + 1, :length], [length])
+                for node in path:
+                    step = target.verify(alone, root_only(drafted[sequence, node][None]))
+                    alone.advance([1])
+                    assert torch.equal(step.logits[0, 0], together.logits[sequence, node]), (sequence, node)
+                    assert torch.equal(step.features[0, 0], together.features[sequence, node])
 
 
 @pytest.fixture

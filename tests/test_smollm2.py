@@ -73,7 +73,27 @@ def test_greedy_answers_with_int8_are_those_of_the_rounded_model(plain, plain_in
     assert stats.mean_acceptance_length >= 1.4
 
 
-@pytest.mark.skipif(linear._tile_function() is None, reason="this processor has no AMX tiles")
+needs_tiles = pytest.mark.skipif(linear._tile_function() is None, reason="this processor has no AMX tiles")
+
+
+@needs_tiles
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_greedy_answers_in_bfloat16_are_those_of_plain_decoding_too(quantization):
+    """Alone and in batches, with contemplate rows and without: no rounding parts them."""
+    options = {"dtype": "bfloat16", "device": "cpu", "quantization": quantization}
+    plain = load_decoder(None, target=DEFAULT_TARGET, **options)
+    prompts = [encode_chat(plain.tokenizer, [{"role": "user", "content": text}]) for text in PROMPTS[:5]]
+    sampling = SamplingConfig(max_new_tokens=48)
+    answers = [plain.generate([prompt], sampling)[0].token_ids for prompt in prompts]
+    few = TreeConfig(nodes=12, depth=8, topk=6, contemplate=1)
+    drafts = (("smollm2-135m-eagle3", TreeConfig()), ("smollm2-135m-confu", TreeConfig()), ("smollm2-135m-confu", few))
+    for draft, tree in drafts:
+        decoder = load_decoder(draft, **options, tree=tree)
+        assert [decoder.generate([prompt], sampling)[0].token_ids for prompt in prompts] == answers
+        assert [result.token_ids for result in decoder.generate(prompts, sampling)] == answers
+
+
+@needs_tiles
 def test_the_default_target_stays_in_the_blocks_of_its_file():
     """Every product of decoding gives back the bfloat16 weights, number for number, and drafts do draft for it."""
     model, _ = load_target_model(DEFAULT_TARGET, dtype=torch.bfloat16, device="cpu")
