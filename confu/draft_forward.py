@@ -51,6 +51,7 @@ class DraftForward:
             self._looks = product(draft.contemplation.future_heads.flatten(0, 1), None, rough or quantization)
         self.native = NativeDraft.of(
             self._layer,
+            self._fc,
             self._head,
             self._looks,
             self._hidden_norm,

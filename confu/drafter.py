@@ -25,6 +25,7 @@ from confu.draft_forward import DraftForward
 from confu.draft_graphs import GraphGrowth
 from confu.graphs import GraphForward
 from confu.host import upload
+from confu.linear import USUAL_ROWS
 from confu.rows import MOST_ROWS, rows
 from confu.target import Target
 from confu.tree import Candidates, Frontier, Tree, root_only, take
@@ -198,6 +199,8 @@ class TreeDrafter:
     def commit(self, state: TreeState, accepted: Accepted) -> None:
         """Row i takes h[i] and the embedding of token i+1 (METHOD 3). All rows leave keys and values; only the last
         one, from which the next tree grows, is run to its output."""
+        if self._commit_at_once(state, accepted):
+            return
         draft, cache, counts = self.forward, state.cache, accepted.counts
         device = accepted.tokens.device
         last = (upload(counts, device) - 1).clamp(min=0)[:, None]
@@ -217,6 +220,28 @@ class TreeDrafter:
         state.out = draft.layer(self.target.embed(following), fused, third, turn, mask, cache, last)[:, 0]
         state.root = accepted.next_tokens
         cache.advance(counts)
+
+    def _commit_at_once(self, state: TreeState, accepted: Accepted) -> bool:
+        """In one compiled call, where that can be."""
+        tables = self._tables(state, accepted.tokens.shape[1])
+        few = accepted.tokens.numel() <= USUAL_ROWS
+        if self.native is None or tables is None or not few or self.config.future_is("row", "kv"):
+            return False
+        counts = accepted.counts
+        state.out, looked_at = self.native.commit(self._embeddings, tables, state.cache, accepted)
+        if accepted.keeps_future:
+            state.lag = state.lag + upload(counts, state.lag.device)[:, None]
+        else:
+            state.looked_at = looked_at
+        if accepted.anchors is not None:
+            pairs = zip(counts, accepted.anchors.tolist(), strict=True)
+            state.lag = upload([[count - 1 - anchors[count - 1]] for count, anchors in pairs], state.lag.device)
+        state.root = accepted.next_tokens
+        state.cache.advance(counts)
+        return True
+
+    def _tables(self, state: TreeState, ahead: int) -> Turn | None:
+        return None if self.native is None else self.forward.turns.tables(state.out, state.cache, ahead)
 
     def _read_future(
         self, state: TreeState, accepted: Accepted, fused: Tensor, positions: Tensor, last: Int[Tensor, "B 1"]
@@ -246,17 +271,28 @@ class TreeDrafter:
         cache = state.cache
         batch, device = len(state.lengths), state.root.device
         candidates, topk = Candidates(), min(config.topk, self.config.draft_vocab_size)
+        tables = self._tables(state, config.depth)
+        if self.native is not None and tables is not None and batch * topk <= MOST_ROWS:
+            levels = self.native.grow(
+                self._embeddings,
+                tables,
+                cache,
+                state.out,
+                state.looked_at,
+                state.lag,
+                depth=config.depth,
+                topk=topk,
+                most_steps=self.config.future_steps - 1,
+                with_soft=state.has_slot,
+                least=-1.0 if budget is None else budget.least,
+            )
+            return Candidates.of(levels)
         zeros = torch.zeros(batch, 1, device=device)
         out = state.out[:, None]  # [B, 1, Df]
         levels = torch.arange(config.depth, device=device)
         places = self.forward.places(state.lag + levels)
         positions = cache.lengths_tensor()[:, None] + levels
         turn = self.forward.turns(out, positions, cache, config.depth)  # [B, depth, head]
-        if self.native is not None and batch * topk <= MOST_ROWS:
-            least = -1.0 if budget is None else budget.least
-            shape = {"topk": topk, "with_soft": state.has_slot, "least": least}
-            given = (self._embeddings, cache, state.out, state.looked_at, places, turn)
-            return Candidates.of(self.native.grow(*given, **shape))
         ahead, (cos, sin) = self.forward.ahead(state.looked_at, places), turn
         frontier = candidates.add_level(self._children(out, ahead, 0, topk), zeros, zeros.long() - 1)
         width = frontier.tokens.shape[1]

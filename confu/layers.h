@@ -88,8 +88,8 @@ struct Place {
 
 struct Draft {
     Layer layer;
-    Product head, looks;  // looks: all W_j, one below the other, in bfloat16 or int8
-    const uint16_t *hidden_norm, *norm;
+    Product fc, head, looks;  // looks: all W_j, one below the other
+    const uint16_t *hidden_norm, *norm, *ones;  // ones: the weights of a norm that has none
     const int64_t* target_ids;  // of the tokens that the head knows
     int64_t residual_normed;
 };

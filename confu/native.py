@@ -1,4 +1,4 @@
-"""The compiled functions of `rows.cpp`, `trees.cpp`, `attention.cpp`, `products.cpp`, `layers.cpp` and `growth.cpp`:
+"""The compiled functions of `rows.cpp`, `trees.cpp`, `attention.cpp`, `products.cpp`, `layers.cpp` and `drafter.cpp`:
 built on first use, in a few seconds, where there is a C++ compiler, and kept in the user's cache.
 
 They use OpenMP where the process has its functions already: torch's, and so torch's own threads.
@@ -25,7 +25,7 @@ from confu.models import cache_dir
 
 logger = logging.getLogger(__name__)
 
-NAMES = ("rows.cpp", "trees.cpp", "attention.cpp", "products.cpp", "layers.cpp", "growth.cpp")
+NAMES = ("rows.cpp", "trees.cpp", "attention.cpp", "products.cpp", "layers.cpp", "drafter.cpp")
 SOURCES = tuple(Path(__file__).with_name(name) for name in NAMES)
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("tiles.h", "layers.h", "numbers.h"))
 

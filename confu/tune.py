@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import logging
+import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -39,6 +40,8 @@ from confu.verify import Sampler, walk
 logger = logging.getLogger(__name__)
 
 FILE = "tuned.json"
+PROMPTS = Path(__file__).parent / "tune_prompts.jsonl"
+"""Read beside those of `lossless.py`: some with longer texts to answer by."""
 SCHEMA_VERSION = 1
 ROWS = (1, 2, 4, 8, 12, 16, 17, 24, 32, 33, 48, 49, 64, 96, 128, 256)  # kernels take rows by sixteen
 BATCHES = (1, 2, 4, 8, 16)
@@ -47,11 +50,12 @@ PREFIX = 256  # tokens in the cache
 ACCEPTED = 3  # tokens that a round's commit reads
 LEVELS = (1, 5)
 REPEATS = 7
-SAME = 0.02  # of a speed-up, what two measurements of the same differ by
-PASSES = 4  # of the prompts: limits differ by a few per cent, which fewer do not tell apart
+SAME = 0.01  # of a speed-up, what two measurements of the same differ by
+PASSES = 2  # of the prompts: texts differ more from each other than passes do
 TREES = (
     TreeConfig(nodes=64, depth=8, topk=10),
     TreeConfig(nodes=64, depth=8, topk=6),
+    TreeConfig(nodes=64, depth=8, topk=4),
     TreeConfig(nodes=64, depth=8, topk=3),
 )
 CONTEMPLATE = (None, 4, 2, 1, 0)
@@ -178,8 +182,8 @@ def _trials(
 @torch.inference_mode()
 def measure(decoder: Decoder, drafter: TreeDrafter, topks: Collection[int]) -> dict[int, Costs]:
     """The cost model of this machine for trees of each top-k: medians, all kinds and sizes in turns, so that a moment's
-    disturbance hits all of them, and none much. Each is measured behind what precedes it in a round, and finds in the
-    processor's caches what it finds there."""
+    disturbance hits all of them, and none much. Each is measured behind what precedes it in a round, the second time
+    in turn, and so finds in the processor's caches what it finds there."""
     target = decoder.target
     prefix = min(PREFIX, target.max_positions - 1)
     tokens = (torch.arange(prefix, device=target.device) % target.vocab_size)[None]
@@ -196,35 +200,26 @@ def measure(decoder: Decoder, drafter: TreeDrafter, topks: Collection[int]) -> d
 
     states = {batch: _committed(drafter, batch) for batch in BATCHES}
 
-    def grow(batch: int, topk: int, depth: int) -> None:
-        drafter.grow(states[batch][0], TreeConfig(nodes=64, depth=depth, topk=topk))
-
-    def commit(batch: int) -> None:
+    def draft(batch: int, topk: int, depth: int) -> None:
         state, accepted = states[batch]
         drafter.commit(state, accepted)
+        drafter.grow(state, TreeConfig(nodes=64, depth=depth, topk=topk))
         state.truncate([length - ACCEPTED for length in state.lengths])
 
-    def draft() -> None:
-        commit(1)
-        grow(1, max(topks), first)
-
     first, last = LEVELS
+    drafted = partial(draft, 1, max(topks), last)
     runs: dict[Any, tuple[Callable[[], None], Callable[[], None]]] = {
-        ("verify", rows): (draft, partial(verify, rows)) for rows in ROWS
+        ("verify", rows): (drafted, partial(verify, rows)) for rows in ROWS
     }
-    for batch in BATCHES:
-        verified = partial(verify, max(batch, USUAL_ROWS))
-        runs["commit", batch] = verified, partial(commit, batch)
-        for topk, depth in itertools.product(topks, LEVELS):
-            runs["grow", batch, topk, depth] = verified, partial(grow, batch, topk, depth)
+    for batch, topk, depth in itertools.product(BATCHES, topks, LEVELS):
+        runs["draft", batch, topk, depth] = partial(verify, max(batch, USUAL_ROWS)), partial(draft, batch, topk, depth)
     took = _medians(runs, target.device)
 
     def of(topk: int) -> Costs:
-        shallow, deep = ([took["grow", batch, topk, depth] for batch in BATCHES] for depth in LEVELS)
+        shallow, deep = ([took["draft", batch, topk, depth] for batch in BATCHES] for depth in LEVELS)
         level = [max(0.0, b - a) / (last - first) for a, b in zip(shallow, deep, strict=True)]
-        commit = [took["commit", batch] + a for batch, a in zip(BATCHES, shallow, strict=True)]
         verify = tuple((rows, took["verify", rows]) for rows in ROWS)
-        return Costs(verify, tuple(zip(BATCHES, level, strict=True)), tuple(zip(BATCHES, commit, strict=True)))
+        return Costs(verify, tuple(zip(BATCHES, level, strict=True)), tuple(zip(BATCHES, shallow, strict=True)))
 
     return {topk: of(topk) for topk in topks}
 
@@ -247,10 +242,16 @@ def _committed(drafter: TreeDrafter, batch: int) -> tuple[Any, Accepted]:
 
 
 def _medians(runs: dict[Any, tuple[Callable[[], None], Callable[[], None]]], device: torch.device) -> dict[Any, float]:
-    """Milliseconds of each second function, called behind its first: the median of several runs, all in turns."""
+    """Milliseconds of each second function, called behind its first, as in a second round: the median of several runs,
+    all in turns, each time in another order."""
     found: dict[Any, list[float]] = {key: [] for key in runs}
+    order, generator = list(runs), random.Random(0)
     for _ in range(REPEATS + 1):
-        for key, (before, run) in runs.items():
+        generator.shuffle(order)
+        for key in order:
+            before, run = runs[key]
+            before()
+            run()
             before()
             wait(device)
             began = time.perf_counter()

@@ -119,6 +119,48 @@ def test_candidates_by_one_call_are_those_level_by_level(target, method, lengths
     assert held[0][1] == held[1][1] == [length + 2 for length in lengths]
 
 
+@pytest.mark.parametrize("method", FORMS)
+@pytest.mark.parametrize("counts", [[1], [3], [2, 4, 1], [0, 3]], ids=str)
+def test_accepted_rows_by_one_call_are_those_by_many(target, method, counts):
+    """Bit for bit: states, what W_j reads, how far f lies back, cache; also where an f goes on to serve, and where
+    nothing was contemplated."""
+    engines = [TreeDrafter(build_draft(method), target) for _ in range(2)]
+    one_by_one = engines[1]
+    one_by_one.native = one_by_one.forward.native = None
+    native, calls, batch, most = engines[0].native, [], len(counts), max(counts)
+    assert native is not None
+    function = native._commit_function
+    native._commit_function = lambda *given: calls.append(given) or function(*given)
+
+    states = [committed(engine, [5, 3, 9][:batch]) for engine in engines]
+    tokens = torch.arange(batch * most).view(batch, most) % 96
+    features, future = (random(batch, most, width * 64, seed=width).bfloat16() for width in (3, 4))
+    anchors = torch.tensor([[min(1, max(0, count - 1))] * most for count in counts])
+    following = torch.arange(batch) + 7
+    rounds = [Accepted(tokens, counts, following, features)]
+    if engines[0].contemplation is not None:
+        rounds.insert(0, Accepted(tokens, counts, following, features, keeps_future=True))
+        rounds.insert(0, Accepted(tokens, counts, following, features, future, anchors))
+    before = len(calls)
+    for accepted in rounds:
+        for engine, state in zip(engines, states, strict=True):
+            engine.commit(state, accepted)
+        ours, theirs = states
+        real = [row for row, count in enumerate(counts) if count]  # of the others nothing is read
+        assert torch.equal(ours.out[real], theirs.out[real])
+        assert torch.equal(ours.root, theirs.root)
+        assert ours.lengths == theirs.lengths
+        for name in ("looked_at", "lag"):
+            mine, its = getattr(ours, name), getattr(theirs, name)
+            assert (mine is None) == (its is None), name
+            assert mine is None or torch.equal(mine[real], its[real]), name
+        for row, length in enumerate(ours.lengths):
+            held = [state.cache.keys[:, row, :, : 1 + length] for state in states]
+            assert torch.equal(*held)
+            assert torch.equal(*(state.cache.values[:, row, :, : 1 + length] for state in states))
+    assert len(calls) - before == (0 if method in ("confu-row", "confu-kv") else len(rounds))
+
+
 @pytest.mark.parametrize(("level", "between"), [(0.0, (6, 6)), (1.8, (2, 5)), (2.0, (2, 5)), (1e6, (1, 1))])
 def test_it_grows_as_deep_as_a_budget_pays_for(target, level, between):
     costs, tree = Costs(((1, 10.0),), ((1, level),), ((1, 1.0),)), TreeConfig(nodes=30, depth=6, topk=4)

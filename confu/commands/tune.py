@@ -16,7 +16,7 @@ def tune(
     draft: DraftName = None,
     /,
     *,
-    max_new_tokens: int = 64,
+    max_new_tokens: int = 96,
     target: TargetName = None,
     compute: Compute = COMPUTE,
     output: Output = OUTPUT,
@@ -33,17 +33,17 @@ def tune(
     terminal = output.terminal()
     with Stages(terminal) as progress:
         progress.wait("starting")
+        from confu import lossless
         from confu.load import encode_prompt, is_untrained
-        from confu.lossless import PROMPTS
         from confu.models import draft_path
-        from confu.tune import ONLY_TRAINED, machine_key, tune, write
+        from confu.tune import ONLY_TRAINED, PROMPTS, machine_key, tune, write
 
     if draft is None or is_untrained(draft):  # before a target is fetched
         raise ValueError(ONLY_TRAINED)
     decoder, names = load(terminal, draft, target, compute, TreeOptions(nodes=1))  # whatever was found before
     assert decoder.tokenizer is not None
-    texts = [json.loads(line)["prompt"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
-    prompts = [encode_prompt(decoder.tokenizer, text) for text in texts]
+    lines = [line for file in (lossless.PROMPTS, PROMPTS) for line in file.read_text(encoding="utf-8").splitlines()]
+    prompts = [encode_prompt(decoder.tokenizer, json.loads(line)["prompt"]) for line in lines]
     with Stages(terminal) as progress:
         found = tune(decoder, prompts, max_new_tokens=max_new_tokens, progress=progress)
     path = write(draft_path(draft), decoder, found)
