@@ -95,21 +95,46 @@ template <typename T> float most(const T* x, int64_t count) {
     return largest;
 }
 
-// log of the sum of exp(x), whose largest is ``top``
-template <typename T> float log_sum_exp(const T* x, float top, int64_t width) {
+// Of bfloat16 by whole numbers in the same order, twice as many at a time.
+inline float most(const bf16* x, int64_t count) {
+    const auto ordered = [](int16_t bits) { return int16_t(bits ^ (bits >> 15 & 0x7fff)); };  // and back again
+    int16_t largest = ordered(int16_t(x[0].bits));
+    for (int64_t i = 1; i < count; i++) largest = std::max(largest, ordered(int16_t(x[i].bits)));
+    return wide(bf16{uint16_t(ordered(largest))});
+}
+
+// sum of exp(x), by exp(top)
+template <typename T> float sum_exp(const T* x, float top, int64_t width) {
     float sum = 0;
     for (int64_t i = 0; i < width; i++) sum += std::exp(wide(x[i]) - top);
-    return top + std::log(sum);
+    return sum;
 }
+
+// A row of logits is cut into as many parts, part p from here on: one thread reads what it has written itself, as far as can be.
+constexpr int64_t PARTS = 8;
+constexpr float LEAST = -3e38f;  // of a part without numbers
+inline int64_t start_of(int64_t part, int64_t width) { return width * part / PARTS; }
 
 // log_softmax(row of node)[token] for some nodes of every sequence
 template <typename T>
 void log_probs(const T* x, const int64_t* nodes, const int64_t* tokens, float* out, int64_t batch, int64_t rows,
                int64_t picks, int64_t width) {
-#pragma omp parallel for if (batch * picks * width > LIGHT)
-    for (int64_t i = 0; i < batch * picks; i++) {
-        const T* row = x + (i / picks * rows + nodes[i]) * width;
-        out[i] = wide(row[tokens[i]]) - log_sum_exp(row, most(row, width), width);
+    const int64_t all = batch * picks;
+    const auto row = [&](int64_t i) { return x + (i / picks * rows + nodes[i]) * width; };
+    std::vector<float> tops(PARTS * all, LEAST), sums(PARTS * all);
+#pragma omp parallel for schedule(static) if (all * width > LIGHT)
+    for (int64_t task = 0; task < PARTS * all; task++) {
+        const int64_t first = start_of(task / all, width), count = start_of(task / all + 1, width) - first;
+        if (count == 0) continue;
+        const T* part = row(task % all) + first;
+        tops[task] = most(part, count);
+        sums[task] = sum_exp(part, tops[task], count);
+    }
+    for (int64_t i = 0; i < all; i++) {
+        float top = tops[i], sum = 0;
+        for (int64_t task = i; task < PARTS * all; task += all) top = std::fmax(top, tops[task]);
+        for (int64_t task = i; task < PARTS * all; task += all) sum += sums[task] * std::exp(tops[task] - top);
+        out[i] = wide(row(i)[tokens[i]]) - top - std::log(sum);
     }
 }
 
@@ -165,7 +190,7 @@ template <typename T> void best_of(const T* x, float* values, int64_t* places, i
             places[at] = i;
         }
     }
-    const float total = log_sum_exp(x, values[0], width);
+    const float total = values[0] + std::log(sum_exp(x, values[0], width));
     for (int64_t j = 0; j < k; j++) values[j] -= total;
 }
 
@@ -174,20 +199,32 @@ template <typename T> void best(const T* x, float* values, int64_t* places, int6
     for (int64_t r = 0; r < rows; r++) best_of(x + r * width, values + r * k, places + r * k, width, k);
 }
 
+// where the first of x[0] ... x[count - 1] is that equals `number`
+template <typename T> int64_t find(const T* x, float number, int64_t count) {
+    for (int64_t start = 0; start < count; start += BLOCK) {
+        const int64_t end = start + BLOCK < count ? start + BLOCK : count;
+        bool any = false;
+        for (int64_t i = start; i < end; i++) any |= wide(x[i]) == number;
+        for (int64_t i = start; any && i < end; i++)
+            if (wide(x[i]) == number) return i;
+    }
+    return 0;
+}
+
 // where the largest number of each row is; of equal ones the first
 template <typename T> void argmax(const T* x, int64_t* places, int64_t rows, int64_t width) {
-#pragma omp parallel for if (rows * width > LIGHT)
+    std::vector<float> tops(PARTS * rows, LEAST);
+#pragma omp parallel for schedule(static) if (rows * width > LIGHT)
+    for (int64_t task = 0; task < PARTS * rows; task++) {
+        const int64_t first = start_of(task / rows, width), count = start_of(task / rows + 1, width) - first;
+        if (count > 0) tops[task] = most(x + task % rows * width + first, count);
+    }
     for (int64_t r = 0; r < rows; r++) {
-        const T* row = x + r * width;
-        float largest = wide(row[0]);
-        int64_t at = 0;
-        for (int64_t start = 0; start < width; start += BLOCK) {
-            const int64_t end = start + BLOCK < width ? start + BLOCK : width;
-            if (!(most(row + start, end - start) > largest)) continue;
-            for (int64_t i = start; i < end; i++)
-                if (wide(row[i]) > largest) largest = wide(row[i]), at = i;
-        }
-        places[r] = at;
+        int64_t best = 0;
+        for (int64_t part = 1; part < PARTS; part++)
+            if (tops[part * rows + r] > tops[best * rows + r]) best = part;
+        const int64_t first = start_of(best, width), count = start_of(best + 1, width) - first;
+        places[r] = first + find(x + r * width + first, tops[best * rows + r], count);
     }
 }
 

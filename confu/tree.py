@@ -49,6 +49,8 @@ class Tree:
 
 def take(rows: Float[Tensor, "B R W"], index: Int[Tensor, "B I"]) -> Float[Tensor, "B I W"]:
     """Rows of each sequence by index."""
+    if len(rows) == 1:  # whole rows, where gather reads an index for each number
+        return rows[0].index_select(0, index[0])[None]
     return rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2]))
 
 
