@@ -100,8 +100,8 @@ def tune(
     progress: Progress = lambda stage, fraction: None,
 ) -> Tuning:
     """Measure costs, then adaptive trees of several limits beside plain decoding and the default tree, in turns, and
-    with the fastest limits several numbers of contemplate rows; the fastest win. Raises ValueError for a decoder whose
-    draft scores no trees."""
+    with the fastest limits several numbers of contemplate rows; the fastest win, of as fast ones the fewest rows.
+    Raises ValueError for a decoder whose draft scores no trees."""
     if not isinstance(decoder.drafter, TreeDrafter):
         raise ValueError(ONLY_TRAINED)
     progress("measuring costs", None)
@@ -112,24 +112,25 @@ def tune(
         tree = dataclasses.replace(tree, contemplate=FEW if contemplates else None)
         named.append((f"adaptive, top-k {tree.topk}", tree, True))
     trials = _trials(decoder, costs, named, prompts, max_new_tokens, progress)
-    best, tree = _fastest(trials)
+    # Of as fast ones those that accept most: behind longer texts rounds cost more, and they need fewest.
+    best, tree = _fastest(trials, lambda trial, _: trial.mean_acceptance_length)
     if contemplates:
         named = [
             (f"{best.name}, contemplate {'all' if n is None else n}", dataclasses.replace(tree, contemplate=n), True)
             for n in CONTEMPLATE
         ]
         more = _trials(decoder, costs, named, prompts, max_new_tokens, progress)
-        _, tree = _fastest(more)
+        _, tree = _fastest(more, lambda _, tree: -tree.num_con(tree.nodes))
         trials += more[1:]  # plain decoding is there
     return Tuning(tree, costs[tree.topk], tuple(trials))
 
 
-def _fastest(trials: list[Trial]) -> tuple[Trial, TreeConfig]:
-    """The adaptive trees of most speed over the plain decoding beside them, and their limits. Where several are as fast
-    as can be told apart, those that accept most: behind longer texts rounds cost more, and they need fewest."""
+def _fastest(trials: list[Trial], prefer: Callable[[Trial, TreeConfig], float]) -> tuple[Trial, TreeConfig]:
+    """The adaptive trees of most speed over the plain decoding beside them, and their limits; where several are as fast
+    as can be told apart, those to prefer."""
     found = [(trial, trial.tree) for trial in trials if trial.adaptive and trial.tree is not None]
     enough = (1 - SAME) * max(trial.speedup for trial, _ in found)
-    return max((pair for pair in found if pair[0].speedup >= enough), key=lambda pair: pair[0].mean_acceptance_length)
+    return max((pair for pair in found if pair[0].speedup >= enough), key=lambda pair: prefer(*pair))
 
 
 def _trials(
