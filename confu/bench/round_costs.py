@@ -50,10 +50,12 @@ class RoundCosts:
 
     @torch.inference_mode()
     def sample(self) -> None:
-        """Every forward and a short answer of every method, once."""
+        """Every forward and a short answer of every method, once. A forward finds in the processor's caches what one
+        of its kind has left there, as in a round."""
         for prefix, cache in self._behind.items():
             for rows in ROWS:
                 tree = _any_tree(self._target, rows)
+                self._target.verify(cache, tree)
                 began = time.perf_counter()
                 self._target.verify(cache, tree)
                 wait(self._target.device)
