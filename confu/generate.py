@@ -167,6 +167,7 @@ class Decoder:
             verified = self.target.verify(cache, tree, self._contemplation, num_con=num_con, router_state=router_state)
             drawn = running.sampler.draw(verified.logits, tree, running.seen)
             step = walk(tree, drawn, verified.logits)
+            running.sampler.advance(step.counts)
             cache.keep(step.path, step.counts)
             verify_seconds = time.perf_counter() - clock
 

@@ -132,16 +132,23 @@ def _best_ahead(tree: Tree, end: Int[Tensor, "B 1"]) -> Bool[Tensor, "B N"]:
 
 
 class Sampler:
-    """Draws from the target's warped distribution; argmax at temperature 0. One generator for each sequence, so that by
-    the same trees a sequence draws the same tokens alone and in a batch (adaptive ones depend on the batch)."""
+    """Draws from the target's warped distribution; argmax at temperature 0. One generator for each sequence, and one of
+    its numbers for each token, which all nodes share that may become this token: whatever trees are drafted, and in
+    whatever batch, a seed gives the same text, as far as logits are the same numbers. (Which tree is verified must not
+    depend on numbers of tokens to come; no drafter sees them.)"""
 
     def __init__(self, config: SamplingConfig, num_sequences: int) -> None:
         self.config = config
         self.warpers = _warpers(config)
         self.generators = [torch.Generator().manual_seed(config.seed + i) for i in range(num_sequences)]
+        self._ahead = [torch.empty(0, dtype=torch.float64) for _ in self.generators]  # of tokens to come
 
     def select(self, sequences: list[int]) -> None:
-        self.generators = [self.generators[i] for i in sequences]
+        self.generators, self._ahead = ([kept[i] for i in sequences] for kept in (self.generators, self._ahead))
+
+    def advance(self, counts: list[int]) -> None:
+        """So many tokens of each sequence were drawn for good."""
+        self._ahead = [ahead[count:] for ahead, count in zip(self._ahead, counts, strict=True)]
 
     def draw(
         self, logits: Float[Tensor, "B N V"], tree: Tree, seen: Bool[Tensor, "B V"] | None = None
@@ -155,12 +162,17 @@ class Sampler:
             logits = penalise(logits.float(), tree, seen, self.config.repetition_penalty)
         if self.config.temperature == 0:
             return rows().argmax(logits)
-        uniform = torch.zeros(tree.tokens.shape, dtype=torch.float64)
-        for row, count, generator in zip(uniform, tree.valid.sum(1).tolist(), self.generators, strict=True):
-            row[:count] = torch.rand(count, generator=generator, dtype=torch.float64)  # padding draws nothing
+        uniform = self._uniform(tree.height + 1).to(logits.device).gather(1, tree.depths)
         if logits.device.type == "cpu":
             return self._draw_on_path(logits, tree, uniform)
-        return invert_cdf(self.probabilities(logits), uniform.to(logits.device))
+        return invert_cdf(self.probabilities(logits), uniform)
+
+    def _uniform(self, count: int) -> Float[Tensor, "B count"]:
+        """The numbers of so many tokens of each sequence, from the next one on."""
+        for row, (ahead, generator) in enumerate(zip(self._ahead, self.generators, strict=True)):
+            more = torch.rand(max(0, count - len(ahead)), generator=generator, dtype=torch.float64)
+            self._ahead[row] = torch.cat([ahead, more])
+        return torch.stack([ahead[:count] for ahead in self._ahead])
 
     def _draw_on_path(
         self, logits: Float[Tensor, "B N V"], tree: Tree, uniform: Float[Tensor, "B N"]

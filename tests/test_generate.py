@@ -338,6 +338,22 @@ def test_a_sequence_draws_the_same_alone_and_in_a_batch(model8, target8, drafter
         assert len(set(map(tuple, together))) == len(prompts)
 
 
+@pytest.mark.parametrize(
+    "options", [{"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.3}]
+)
+def test_a_seed_gives_the_same_text_whatever_drafts_it(model8, target8, drafters8, options):
+    """Drafted by trees of any shape, adaptive ones too, by chains or not at all: each token has a number of its own."""
+    prompts = [tuple(token % 8 for token in prompt) for prompt in PROMPTS]
+    sampling = SamplingConfig(max_new_tokens=24, seed=30, **options)
+    plain = ids_of(Decoder(target8, None).generate(prompts, sampling))
+    assert len(set(map(tuple, plain))) == len(prompts)
+    for name, drafter in {**drafters8, "mixed": mixed(model8)}.items():
+        for tree in (TREE, TreeConfig(nodes=5, depth=2, topk=2, contemplate=1), TreeConfig(nodes=30, depth=6, topk=6)):
+            stats = Stats()
+            assert ids_of(Decoder(target8, drafter, tree=tree).generate(prompts, sampling, stats=stats)) == plain, name
+            assert stats.mean_acceptance_length > 1
+
+
 def test_repetition_penalty_is_that_of_generate(model, target, drafters):
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])

@@ -121,7 +121,11 @@ def test_draws_never_hit_probability_zero_and_match_frequencies():
     logits = torch.randn(2, 1, 6, generator=torch.Generator().manual_seed(1))
     logits[:, :, 2] = -math.inf
     tree = from_parents(torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1))
-    draws = torch.cat([sampler.draw(logits, tree) for _ in range(4000)], dim=1)
+    found = []
+    for _ in range(4000):
+        found.append(sampler.draw(logits, tree))
+        sampler.advance([1, 1])
+    draws = torch.cat(found, dim=1)
     for b in range(2):
         counts = draws[b].bincount(minlength=6)
         assert counts[2] == 0
@@ -287,9 +291,8 @@ def test_only_what_is_walked_is_drawn_and_as_if_all_were(tree, seed):
     drawn = Sampler(config, batch).draw(logits, tree)
     uniform = torch.zeros(batch, num_nodes, dtype=torch.float64)
     for b in range(batch):
-        count = int(tree.valid[b].sum())
-        generator = torch.Generator().manual_seed(seed + b)
-        uniform[b, :count] = torch.rand(count, generator=generator, dtype=torch.float64)
+        by_depth = torch.rand(num_nodes, generator=torch.Generator().manual_seed(seed + b), dtype=torch.float64)
+        uniform[b] = by_depth[tree.depths[b]]
     everywhere = invert_cdf((logits / 0.8).softmax(-1), uniform)
     ours, theirs = walk(tree, drawn), walk(tree, everywhere)
     assert ours.counts == theirs.counts

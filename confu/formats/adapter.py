@@ -66,6 +66,9 @@ class ProcessedSampler(Sampler):
         self.prefixes = [self.prefixes[i] for i in sequences]
         self.sequences = [self.sequences[i] for i in sequences]
 
+    def advance(self, counts: list[int]) -> None:
+        """Nothing is drawn ahead."""
+
     def draw(
         self, logits: Float[Tensor, "B N V"], tree: Tree, seen: Bool[Tensor, "B V"] | None = None
     ) -> Int[Tensor, "B N"]:

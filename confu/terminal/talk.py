@@ -128,12 +128,12 @@ def compare(
         return {"plain": None, "speedup": None}, True
     at = first_difference(answer.token_ids, plain.token_ids)
     speedup = answer.stats.tokens_per_second / plain.stats.tokens_per_second
+    precision = str(decoder.target.dtype).removeprefix("torch.")
     verdict, gap = f"the same {len(plain.tokens)} tokens", None
     if at is not None and sampling.temperature > 0:
-        verdict = "another answer, as sampling draws anew (the distribution is the same)"
+        verdict = f"another draw from token {at + 1} on, by roundings in {precision} (the distribution is the same)"
     elif at is not None:
         gap = decoder.target.top2_gaps([*ids, *plain.token_ids[:at]], 1)[0]
-        precision = str(decoder.target.dtype).removeprefix("torch.")
         verdict = (
             f"different from token {at + 1} on, where its two best logits are {gap:.2g} apart in {precision} "
             "(`confu verify-lossless` tells rounding from error)"
