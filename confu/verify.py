@@ -144,7 +144,8 @@ class Sampler:
         self._ahead = [torch.empty(0, dtype=torch.float64) for _ in self.generators]  # of tokens to come
 
     def select(self, sequences: list[int]) -> None:
-        self.generators, self._ahead = ([kept[i] for i in sequences] for kept in (self.generators, self._ahead))
+        self.generators = [self.generators[i] for i in sequences]
+        self._ahead = [self._ahead[i] for i in sequences]
 
     def advance(self, counts: list[int]) -> None:
         """So many tokens of each sequence were drawn for good."""
