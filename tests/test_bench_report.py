@@ -107,9 +107,11 @@ def test_good_runs_say_so(tmp_path):
     for options, sentence in (
         ({}, "All 1 answers are the plain target's, token for token."),
         ({"temperature": 1.0}, "At no method do samples differ"),
-        ({"dtype": "bfloat16"}, "0 of 1 answers part from the plain target's in bfloat16 (0%)"),
+        ({"dtype": "bfloat16"}, "All 1 answers are the plain target's, token for token."),
+        ({"dtype": "bfloat16", "parts": True}, "1 of 1 answers part from the plain target's in bfloat16 (100%)"),
     ):
-        run = results(rows, **options)
+        theirs = {"token_ids": [1, 9, 2]} if options.pop("parts", False) else {}
+        run = results([rows[0], rows[1] | theirs], **options)
         write_report(find(run, compare(run)), tmp_path)
         assert sentence in (tmp_path / "report.md").read_text(encoding="utf-8")
 

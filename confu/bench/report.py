@@ -95,7 +95,7 @@ def _verdicts(findings: Findings) -> list[str]:
         differ, ties = sum(len(f.differences) for f in own), sum(d.is_tie for f in own for d in f.differences)
         if run["temperature"] > 0:
             sentences.append("At no method do samples differ from the plain target's (two-sample tests).")
-        elif run["dtype"] == "float32":
+        elif run["dtype"] == "float32" or differ == 0:
             rest = f", {ties:,} of them up to a rounding tie" if ties else ", token for token"
             sentences.append(f"All {compared:,} answers are the plain target's{rest}.")
         else:
