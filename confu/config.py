@@ -113,7 +113,7 @@ class SamplingConfig:
     ignore_eos: bool = False
     """Go on past the end-of-sequence token (for measurements)."""
     seed: int = 0
-    """Seed of the draws; sequence i of a batch uses seed + i. The text does not depend on the draft (`Sampler`)."""
+    """Seed of the draws; sequence i of a batch uses seed + i. What drafts does not matter (`Sampler`)."""
 
     def __post_init__(self) -> None:
         _at_least(self, "max_new_tokens", 1)

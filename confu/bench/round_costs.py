@@ -56,6 +56,7 @@ class RoundCosts:
             for rows in ROWS:
                 tree = _any_tree(self._target, rows)
                 self._target.verify(cache, tree)
+                wait(self._target.device)
                 began = time.perf_counter()
                 self._target.verify(cache, tree)
                 wait(self._target.device)
