@@ -40,7 +40,7 @@ from confu.bench.tables import (
     by_task_table,
     conditions,
     engines_table,
-    equality_cell,
+    equality_cells,
     equality_header,
     find,
     overall_table,
@@ -166,13 +166,13 @@ def side_by_side(found: list[Findings]) -> Table:
     header = ["method"]
     for one in found:
         temperature = f"T={one.results.run['temperature']:g}"
-        header += [f"{temperature}: speed-up", "tau", equality_header(one.results)]
+        header += [f"{temperature}: speed-up", "tau", *equality_header(one.results)]
     rows = []
     for name in dict.fromkeys(name for one in found for name in one.overall):
         cells = [name]
         for one in found:
             cells += [with_interval(one.overall.get(name), value) for value in ("speedup", "mean_acceptance_length")]
-            cells.append(equality_cell(one.compared.get(name)))
+            cells += equality_cells(one, name)
         rows.append(cells)
     return Table("All tasks", header, rows)
 

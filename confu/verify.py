@@ -192,6 +192,16 @@ class Sampler:
                 node = children.get((node, token))
         return drawn
 
+    def margins(self, logits: Float[Tensor, "1 N V"], drawn: Int[Tensor, "1 N"]) -> list[float]:
+        """How far the numbers of the next N tokens, which were drawn, lie within their tokens' shares of the
+        probability: what a share's bounds would have to move by for another token. These tokens count as drawn then."""
+        cdf = self.probabilities(logits).double().cumsum(dim=-1)
+        uniform = self._uniform(drawn.shape[1]).to(cdf.device) * cdf[..., -1]
+        self.advance([drawn.shape[1]])
+        above = cdf.gather(2, drawn[..., None])[..., 0]
+        below = torch.where(drawn > 0, cdf.gather(2, (drawn - 1).clamp(min=0)[..., None])[..., 0], 0.0)
+        return torch.minimum(uniform - below, above - uniform).clamp(min=0)[0].tolist()
+
     def probabilities(self, logits: Float[Tensor, "B N V"]) -> Float[Tensor, "B N V"]:
         """The warped distribution p: temperature, top-k, top-p, min-p, in transformers' order."""
         scores = logits.float().flatten(0, 1)

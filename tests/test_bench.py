@@ -1,5 +1,6 @@
 """confu bench on a tiny target: its rows, its document, resuming, failing, and the sentences for bad input."""
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -256,6 +257,41 @@ def test_samples_are_tested_against_the_plain_targets(bench_run):
     assert 1e-3 < found["eagle3"]["first_token_p"] <= 1
     assert 1e-3 < found["eagle3"]["length_p"] <= 1
     assert found["eagle3"]["num_answers"] == 3 * NUM_ANSWERS
+
+
+@pytest.mark.parametrize("size", ["1", "3"])
+def test_samples_are_the_plain_targets_token_for_token(bench_run, tmp_path, size):
+    """Ours draw with the same numbers; a row tells which, and that plain decoding draws with them the same again."""
+    argv = ("eagle3", "confu", "--temperature", "1", "--repeats", "2", "--batch-size", size, "--json")
+    status, out, _ = bench_run(*argv)
+    found = json.loads(out)["methods"]
+    assert status == 0
+    compared = [(found[name]["num_compared"], found[name]["num_diverged"]) for name in ("lookup", "eagle3", "confu")]
+    assert compared == 3 * [(2 * NUM_ANSWERS, 0)]
+    rows = rows_of(tmp_path / "out")
+    plain = [row for row in rows if row["method"] == "plain"]
+    assert len({row["seed"] for row in plain}) == 2 * NUM_ANSWERS
+    assert len({tuple(row["token_ids"]) for row in plain}) > NUM_ANSWERS  # samples they are
+    one = next(row for row in plain if (row["question"], row["turn"], row["repeat"]) == ("3", 0, 1))
+    decoder = load_decoder(None, target="target", dtype="float32")
+    prompt = encode_chat(decoder.tokenizer, [{"role": "user", "content": "2"}])
+    sampling = SamplingConfig(max_new_tokens=12, temperature=1.0, seed=one["seed"])
+    assert decoder.generate([prompt], sampling)[0].token_ids == one["token_ids"]
+    assert all(len(row["margins"]) == row["num_tokens"] and min(row["margins"]) >= 0 for row in plain)
+    assert all("margins" not in row for row in rows if row["method"] != "plain")
+
+
+def test_another_text_by_the_same_numbers_fails_the_run(bench_run, monkeypatch):
+    true = DecoderEngine.answer
+
+    def answer(self, prompts, sampling):
+        other = dataclasses.replace(sampling, seed=sampling.seed + (self.decoder.drafter is not None))
+        return true(self, prompts, other)
+
+    monkeypatch.setattr(DecoderEngine, "answer", answer)
+    status, _, err = bench_run("eagle3", "--methods", "eagle3", "--temperature", "1", "-q")
+    assert status == 1
+    assert "where the margin of the draw is" in err
 
 
 def test_sweep_measures_every_tree_once(bench_run, tmp_path):

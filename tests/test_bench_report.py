@@ -106,12 +106,14 @@ def test_good_runs_say_so(tmp_path):
     rows = [row("plain", "a1", 2.0, [1, 1], top2_gaps=[1.0] * 3), row("confu", "a1", 1.0, [2])]
     for options, sentence in (
         ({}, "All 1 answers are the plain target's, token for token."),
-        ({"temperature": 1.0}, "At no method do samples differ"),
+        ({"temperature": 1.0}, "By two-sample tests no method's samples differ from the plain target's."),
+        ({"temperature": 1.0, "seeds": True}, "target's, token for token, where both are drawn with the same random"),
         ({"dtype": "bfloat16"}, "All 1 answers are the plain target's, token for token."),
         ({"dtype": "bfloat16", "parts": True}, "1 of 1 answers part from the plain target's in bfloat16 (100%)"),
     ):
         theirs = {"token_ids": [1, 9, 2]} if options.pop("parts", False) else {}
-        run = results([rows[0], rows[1] | theirs], **options)
+        both = {"seed": 3} if options.pop("seeds", False) else {}
+        run = results([rows[0] | both, rows[1] | both | theirs], **options)
         write_report(find(run, compare(run)), tmp_path)
         assert sentence in (tmp_path / "report.md").read_text(encoding="utf-8")
 

@@ -7,7 +7,7 @@ from made_rows import results, row
 
 from confu.bench.equality import compare, failures, permutation_test
 from confu.bench.metrics import bootstrap, speed_ratio, summarise, tau_ratio
-from confu.bench.tables import equality_cell, verdict
+from confu.bench.tables import equality_cells, find, verdict
 
 ROWS = [
     row("plain", "a1", 8.0, [1] * 7),
@@ -127,11 +127,13 @@ def test_what_follows_another_answer_is_not_compared():
         row("eagle3", "a1", 1.0, [1], turn=1, token_ids=[9]),
     ]
     rows += [row("confu", "a1", 1.0, [3], token_ids=[7, 8, 9, 2]), row("confu", "a1", 1.0, [1], turn=1)]
-    compared = compare(results(rows))
+    run = results(rows)
+    compared = compare(run)
     assert (compared["eagle3"].num_compared, len(compared["eagle3"].differences)) == (1, 1)
     assert (compared["confu"].num_compared, len(compared["confu"].differences)) == (2, 0)
-    assert equality_cell(compared["eagle3"]) == "1 of 1 (1 at a tie)"
-    assert equality_cell(compared["confu"]) == "0 of 2"
+    findings = find(run, compared)
+    assert equality_cells(findings, "eagle3") == ["1 of 1 (1 at a tie)"]
+    assert equality_cells(findings, "confu") == ["0 of 2"]
 
 
 def test_the_plain_target_is_compared_with_itself_and_peers_cannot_fail_a_run():
@@ -175,6 +177,34 @@ def test_samples_of_one_distribution_pass_and_of_another_fail():
     assert compared["peer"].length_p < 1e-3
     assert [sentence.split(":")[0] for sentence in failures(run, compared)] == ["confu"]
     assert "plain" not in compared
+
+
+def test_samples_by_the_same_numbers_are_compared_token_by_token():
+    """Of two repeats with seeds of their own; a peer's seeds are others, rows of before have none."""
+    rows = []
+    for repeat, seed in enumerate((70, 80)):
+        drawn = {"repeat": repeat, "token_ids": [repeat, 7, 9]}
+        rows.append(row("plain", "a1", 1.0, [1, 1], **drawn, seed=seed, margins=[0.2, 5e-4, 0.1]))
+        rows.append(row("confu", "a1", 1.0, [2], **drawn, seed=seed))
+        rows.append(row("lookup", "a1", 1.0, [2], **drawn | {"token_ids": [repeat, 8, 9]}, seed=seed))
+        rows.append(row("eagle3", "a1", 1.0, [2], **drawn | {"token_ids": [5, 7, 9]}, seed=seed))
+        rows.append(row("peer", "a1", 1.0, [], **drawn | {"token_ids": [6]}, seed=seed + 1))
+    rows.append(row("confu", "b1", 1.0, [2], repeat=0, token_ids=[1]))
+    lookup = {"lookup": {"kind": "lookup", "engine": "confu"}}
+    run = results(rows, temperature=1.0, **lookup)
+    compared = compare(run)
+    assert [compared[name].num_compared for name in ("confu", "lookup", "eagle3", "peer")] == [2, 2, 2, 0]
+    assert [len(compared[name].differences) for name in ("confu", "lookup", "eagle3", "peer")] == [0, 2, 2, 0]
+    assert [(d.repeat, d.position, d.gap) for d in compared["lookup"].differences] == [(0, 1, 5e-4), (1, 1, 5e-4)]
+    assert {verdict(run, d) for d in compared["eagle3"].differences} == {"MISTAKE"}
+    failed = failures(run, compared)
+    assert [sentence.split(":")[0] for sentence in failed] == ["eagle3"]
+    assert "from token 1 on, where the margin of the draw is 0.2." in failed[0]
+    findings = find(run, compared)
+    cells = [equality_cells(findings, name)[0] for name in ("confu", "lookup", "peer")]
+    assert cells == ["0 of 2", "2 of 2 (2 at a tie)", "–"]
+    bf16 = results(rows, temperature=1.0, dtype="bfloat16", **lookup)
+    assert failures(bf16, compare(bf16)) == []
 
 
 def test_permutation_p_values_are_uniform_under_the_null():

@@ -186,7 +186,7 @@ def test_bench_runs_are_shown_alone_by_task_and_side_by_side(table, tmp_path):
     after = lines[lines.index("Tau by task:") :]
     assert after[2:5] == ["| method | a | b |", "| --- | --- | --- |", "| confu | 1.50 | 1.50 |"]
     after = lines[lines.index("<!-- bench:cold,warm-0.7 -->") :]
-    assert after[3] == "| method | T=0: speed-up | tau | differ | T=0.7: speed-up | tau | p: token, length |"
+    assert after[3] == "| method | T=0: speed-up | tau | differ | T=0.7: speed-up | tau | differ | p: token, length |"
     assert after[6].startswith(
         "| confu | 2.00 (2.00 to 2.00) | 1.50 (1.50 to 1.50) | 0 of 2 | 2.00 (2.00 to 2.00) | 1.5"
     )

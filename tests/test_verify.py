@@ -133,6 +133,26 @@ def test_draws_never_hit_probability_zero_and_match_frequencies():
     assert not torch.equal(draws[0], draws[1])
 
 
+def test_margins_say_how_far_a_number_is_from_drawing_another_token():
+    """Held against shares that are moved by a little more, and a little less, than each margin."""
+    count, config = 40, SamplingConfig(temperature=0.7, seed=11)
+    logits = torch.randn(1, count, 5, generator=torch.Generator().manual_seed(2))
+    logits[..., 1] = -math.inf
+    uniform = torch.rand(count, generator=torch.Generator().manual_seed(11), dtype=torch.float64)
+    cdf = (logits / 0.7).softmax(-1)[0].double().cumsum(-1)
+    drawn = (uniform[:, None] >= cdf).sum(-1)
+    sampler = Sampler(config, 1)
+    first = sampler.margins(logits[:, :25], drawn[None, :25])  # these count as drawn
+    margins = torch.tensor(first + sampler.margins(logits[:, 25:], drawn[None, 25:]), dtype=torch.float64)
+    assert margins.min() > 0
+    for scale, same in ((0.999, True), (1.001, False)):
+        lower, upper = ((uniform + sign * scale * margins)[:, None] for sign in (-1, 1))
+        unmoved = ((lower >= cdf).sum(-1) == drawn) & ((upper >= cdf).sum(-1) == drawn)
+        unmoved &= (lower >= 0)[:, 0] & (upper <= 1)[:, 0]
+        assert bool(unmoved.all()) == same
+        assert same or not unmoved.any()
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -12,6 +12,9 @@ from confu.config import SamplingConfig
 from confu.generate import Decoder, Result
 from confu.memory import forget_peak, peak_bytes
 from confu.stats import Stats
+from confu.verify import Sampler
+
+AT_ONCE = 32  # positions whose distributions over the vocabulary are held in float64 together
 
 
 @dataclass(frozen=True)
@@ -79,5 +82,17 @@ class DecoderEngine:
     @torch.inference_mode()
     def top2_gaps(self, prompt: list[int], answer: list[int]) -> list[float]:
         """By how much the plain target prefers its best token to the second, at every position of an answer."""
-        gaps = self.decoder.target.top2_gaps(prompt + answer[:-1], len(answer))
-        return [float(f"{gap:.4g}") for gap in gaps]
+        return _rounded(self.decoder.target.top2_gaps(prompt + answer[:-1], len(answer)))
+
+    @torch.inference_mode()
+    def margins(self, prompt: list[int], answer: list[int], sampling: SamplingConfig) -> list[float]:
+        """How surely the plain target drew every token of an answer to this one prompt (`Sampler.margins`)."""
+        target, sampler = self.decoder.target, Sampler(sampling, num_sequences=1)
+        logits = target.logits(torch.tensor([prompt + answer[:-1]], device=target.device), len(answer))
+        drawn = torch.tensor([answer], device=target.device)
+        pieces = zip(logits.split(AT_ONCE, dim=1), drawn.split(AT_ONCE, dim=1), strict=True)
+        return _rounded([margin for piece in pieces for margin in sampler.margins(*piece)])
+
+
+def _rounded(numbers: Sequence[float]) -> list[float]:
+    return [float(f"{number:.4g}") for number in numbers]

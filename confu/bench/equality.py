@@ -1,6 +1,7 @@
-"""Is every answer the plain target's? At temperature 0 token for token, above it by a two-sample test.
+"""Is every answer the plain target's? Token for token where it must be: at temperature 0, and above it where both were
+drawn with the same random numbers. Any other sample is judged by a two-sample test.
 
-All is told from the rows: a plain row holds the target's top-2 logit gap at each of its positions, so that a tie, which
+All is told from the rows: a plain row holds how surely the target chose each of its tokens, so that a tie, which
 rounding decides, is told from a mistake where another answer first differs.
 """
 
@@ -16,7 +17,7 @@ from typing import Any
 from confu.bench.results import OURS, PLAIN, Results, Row, answered
 from confu.terminal.view import first_difference
 
-ROUNDING_GAP = 1e-3  # float32 logits of two computation orders differ by less
+ROUNDING_GAP = 1e-3  # float32 logits (and so probabilities) of two computation orders differ by less
 SMALLEST_P = 1e-3
 PERMUTATIONS, ENOUGH = 2000, 20
 REASON = 160  # characters of an error
@@ -24,7 +25,7 @@ REASON = 160  # characters of an error
 
 @dataclass(frozen=True)
 class Difference:
-    """One answer that is not the plain target's, at temperature 0."""
+    """One answer that is not the plain target's, though it must be."""
 
     question: str
     task: str
@@ -34,13 +35,15 @@ class Difference:
     position: int
     """Of the first token that differs, counted from 0."""
     gap: float | None
-    """There, by how much the plain target prefers its best token to the second; None past the end of its answer."""
+    """There, by how much the plain target prefers its best token to the second (in logits); above temperature 0, how
+    far the random number lies within the share of the token that it drew (`Sampler.margins`). None past the end of its
+    answer."""
     plain_text: str
     text: str
 
     @property
     def is_tie(self) -> bool:
-        """Whether float32 rounding can decide between the two best tokens."""
+        """Whether float32 rounding can decide for another token."""
         return self.gap is not None and self.gap <= ROUNDING_GAP
 
 
@@ -49,11 +52,17 @@ class Comparison:
     """One method's answers against the plain target's."""
 
     num_compared: int
-    """Answers to the same prompt; a later turn behind an answer that differs is to another one."""
+    """Token by token: answers to the same prompt, above temperature 0 by the same random numbers. A later turn behind
+    an answer that differs has another prompt."""
     differences: list[Difference]
     first_token_p: float | None = None
-    """Above temperature 0: p-value of the two-sample test on first tokens, and on lengths in tokens."""
+    """Above temperature 0: p-value of the two-sample test on first tokens, and on lengths in tokens. Samples by the
+    same random numbers can only be more alike than it assumes."""
     length_p: float | None = None
+
+    @property
+    def is_tested(self) -> bool:
+        return self.first_token_p is not None
 
     @property
     def is_other_distribution(self) -> bool:
@@ -61,11 +70,15 @@ class Comparison:
 
 
 def compare(results: Results) -> dict[str, Comparison]:
-    """Every method against the plain target; the plain target against its own first repeat."""
-    if results.run["temperature"] > 0:
-        return {name: _compare_samples(results.rows, name) for name in results.run["methods"] if name != PLAIN}
-    plain = {(r["question"], r["turn"]): r for r in answered(results.rows, PLAIN) if r["repeat"] == 0}
-    return {name: _compare_greedy(results.rows, name, plain) for name in results.run["methods"]}
+    """Every method against the plain target; the plain target at temperature 0 against its own first repeat."""
+    rows, methods, greedy = results.rows, results.run["methods"], results.run["temperature"] == 0
+    able = [row for row in answered(rows, PLAIN) if (row["repeat"] == 0 if greedy else "seed" in row)]
+    plain = {_drawn_from(row, greedy): row for row in able}
+    return {
+        name: Comparison(*_compare_tokens(rows, name, plain, greedy), *(() if greedy else _compare_samples(rows, name)))
+        for name in methods
+        if greedy or name != PLAIN
+    }
 
 
 def unanswered(results: Results, *, all_of_them: bool) -> list[str]:
@@ -90,7 +103,7 @@ def failures(results: Results, compared: dict[str, Comparison]) -> list[str]:
         wrong = [difference for difference in found.differences if not difference.is_tie]
         if wrong and results.run["dtype"] == "float32":
             first = wrong[0]
-            gap = f"its two best logits are {first.gap:.2g} apart" if first.gap is not None else "it had ended"
+            gap = f"the {gap_name(results.run)} is {first.gap:.2g}" if first.gap is not None else "it had ended"
             sentences.append(
                 f"{name}: {len(wrong)} answers differ from the plain target's beyond rounding; the first is question "
                 f"{first.question}, turn {first.turn + 1}, from token {first.position + 1} on, where {gap}."
@@ -103,7 +116,19 @@ def failures(results: Results, compared: dict[str, Comparison]) -> list[str]:
     return sentences
 
 
-def _compare_greedy(rows: Sequence[Row], method: str, plain: dict[tuple[str, int], Row]) -> Comparison:
+def gap_name(run: dict[str, Any]) -> str:
+    """What `Difference.gap` is in this run."""
+    return "top-2 gap" if run["temperature"] == 0 else "margin of the draw"
+
+
+def _drawn_from(row: Row, greedy: bool) -> tuple[str, int, int | None]:
+    """What makes an answer's tokens, its prompt aside."""
+    return row["question"], row["turn"], None if greedy else row.get("seed")
+
+
+def _compare_tokens(
+    rows: Sequence[Row], method: str, plain: dict[tuple[str, int, int | None], Row], greedy: bool
+) -> tuple[int, list[Difference]]:
     differences = []
     num_compared = 0
     conversations: dict[tuple[str, int], list[Row]] = defaultdict(list)
@@ -112,7 +137,7 @@ def _compare_greedy(rows: Sequence[Row], method: str, plain: dict[tuple[str, int
             conversations[row["question"], row["repeat"]].append(row)
     for turns in conversations.values():
         for row in sorted(turns, key=lambda row: row["turn"]):
-            theirs = plain.get((row["question"], row["turn"]))
+            theirs = plain.get(_drawn_from(row, greedy))
             if theirs is None:
                 break
             num_compared += 1
@@ -120,11 +145,11 @@ def _compare_greedy(rows: Sequence[Row], method: str, plain: dict[tuple[str, int
             if at is not None:
                 differences.append(_difference(row, theirs, at))
                 break  # the next turn's prompt is another one
-    return Comparison(num_compared, differences)
+    return num_compared, differences
 
 
 def _difference(row: Row, plain: Row, at: int) -> Difference:
-    gaps = plain["top2_gaps"]
+    gaps = plain["top2_gaps"] if "top2_gaps" in plain else plain["margins"]
     return Difference(
         **{name: row[name] for name in ("question", "task", "turn", "method", "repeat", "text")},
         position=at,
@@ -133,7 +158,7 @@ def _difference(row: Row, plain: Row, at: int) -> Difference:
     )
 
 
-def _compare_samples(rows: Sequence[Row], method: str) -> Comparison:
+def _compare_samples(rows: Sequence[Row], method: str) -> tuple[float, float] | tuple[None, None]:
     """Two-sample permutation tests on the first turns. Within a question it is a matter of chance, if the
     distributions are the same, which samples are called the method's: that is what is permuted."""
     groups: dict[str, tuple[list[Row], list[Row]]] = defaultdict(lambda: ([], []))
@@ -143,10 +168,10 @@ def _compare_samples(rows: Sequence[Row], method: str) -> Comparison:
                 groups[row["question"]][which].append(row)
     pairs = [(mine, theirs) for mine, theirs in groups.values() if mine and theirs]
     if not pairs:
-        return Comparison(0, [])
+        return None, None
     first = permutation_test(pairs, lambda row: row["token_ids"][0], _token_distance)
     length = permutation_test(pairs, lambda row: row["num_tokens"], _mean_distance)
-    return Comparison(sum(len(mine) for mine, _ in pairs), [], first, length)
+    return first, length
 
 
 def permutation_test(

@@ -27,7 +27,7 @@ from confu.bench.answers import DecoderEngine
 from confu.bench.methods import Method
 from confu.bench.questions import Suite
 from confu.bench.run import prompt_ids
-from confu.bench.tables import Table
+from confu.bench.tables import Table, counted
 from confu.cache import KVCache
 from confu.config import BenchConfig, SamplingConfig
 from confu.costs import Budget
@@ -168,9 +168,9 @@ def profile_table(found: dict[str, dict[str, Any]]) -> Table:
 def profile_conditions(run: dict[str, Any]) -> str:
     """On what it was measured, by what `describe` says of the run."""
     return (
-        f"{run['num_questions']} questions of {run['suite']}, {run['target']} in {run['dtype']} on {run['device']}, "
-        f"{run['machine']['threads']} threads, batch {run['batch_size']}; prefill left out; the clock's own time is in "
-        "the parts, mostly in each rest."
+        f"{counted(run['num_questions'], 'question')} of {run['suite']}, {run['target']} in {run['dtype']} on "
+        f"{run['device']}, {run['machine']['threads']} threads, batch {run['batch_size']}; prefill left out; the "
+        "clock's own time is in the parts, mostly in each rest."
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from confu.bench.charts import draw
-from confu.bench.equality import Difference
+from confu.bench.equality import Difference, gap_name
 from confu.bench.results import OURS, PLAIN, cannot_write, make_folder
 from confu.bench.simulate import elsewhere_table, prediction_table
 from confu.bench.tables import (
@@ -91,18 +91,21 @@ def _verdicts(findings: Findings) -> list[str]:
     own = [found for name, found in findings.compared.items() if run["methods"][name]["engine"] == OURS]
     compared = sum(found.num_compared for found in own)
     sentences = list(findings.failures)
-    if not sentences and compared:
+    if not findings.failures and compared:
         differ, ties = sum(len(f.differences) for f in own), sum(d.is_tie for f in own for d in f.differences)
-        if run["temperature"] > 0:
-            sentences.append("At no method do samples differ from the plain target's (two-sample tests).")
-        elif run["dtype"] == "float32" or differ == 0:
+        if run["dtype"] == "float32" or differ == 0:
             rest = f", {ties:,} of them up to a rounding tie" if ties else ", token for token"
+            rest += ", where both are drawn with the same random numbers" if run["temperature"] > 0 else ""
             sentences.append(f"All {compared:,} answers are the plain target's{rest}.")
         else:
             sentences.append(
                 f"{differ:,} of {compared:,} answers part from the plain target's in {run['dtype']} "
                 f"({differ / compared:.0%}), where trees and single tokens round differently."
             )
+    if not findings.failures and (tested := [name for name, one in findings.compared.items() if one.is_tested]):
+        other = [name for name in tested if findings.compared[name].is_other_distribution]
+        who = f"samples of {' and '.join(other)} differ" if other else "no method's samples differ"
+        sentences.append(f"By two-sample tests {who} from the plain target's.")
     return sentences + findings.errors + ratio_lines(findings)
 
 
@@ -137,10 +140,12 @@ def _parted(findings: Findings) -> Iterator[str]:
     if found:
         yield "<h2>Where answers part from the plain target's</h2>"
     for difference in found:
-        gap = "" if difference.gap is None else f", top-2 gap {difference.gap:.2g}"
+        run = findings.results.run
+        gap = "" if difference.gap is None else f", {gap_name(run)} {difference.gap:.2g}"
+        repeat = f", repeat {difference.repeat + 1}" if run["repeats"] > 1 else ""
         label = (
-            f"{difference.method}, {difference.task}, question {difference.question}, turn {difference.turn + 1}: from "
-            f"token {difference.position + 1} on{gap} ({verdict(findings.results, difference)})"
+            f"{difference.method}, {difference.task}, question {difference.question}, turn {difference.turn + 1}"
+            f"{repeat}: from token {difference.position + 1} on{gap} ({verdict(findings.results, difference)})"
         )
         yield page.details(label, _two_texts(difference))
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from confu.bench.answers import Answer, DecoderEngine
 from confu.bench.methods import Method
 from confu.bench.questions import Question, Suite
-from confu.bench.results import PLAIN, ResultsWriter, Row
+from confu.bench.results import OURS, PLAIN, ResultsWriter, Row
 from confu.bench.round_costs import SAMPLES, RoundCosts
 from confu.config import BenchConfig, SamplingConfig
 from confu.data.conversations import draw_seed, failure
@@ -154,10 +154,12 @@ class _Bench:
             able = [question for question in asked if question.id in prompts]
             measured: dict[str, Row] = {}
             try:
-                sampling = self._sampling(method, able, repeat, turn)
+                sampling = self._sampling(method, batch[0], repeat, turn)
                 answers = method.engine.answer(list(prompts.values()), sampling) if able else []
-                for question, answer in zip(able, answers, strict=True):
-                    measured[question.id] = self._measured(question, method, repeat, prompts[question.id], answer)
+                for place, (question, answer) in enumerate(zip(able, answers, strict=True)):
+                    alone = dataclasses.replace(sampling, seed=sampling.seed + place)
+                    prompt = prompts[question.id]
+                    measured[question.id] = self._measured(question, method, repeat, alone, prompt, answer)
             except Exception as error:  # of memory, a peer ...
                 failed |= {question.id: failure(error) for question in able}
             for question in asked:
@@ -175,7 +177,16 @@ class _Bench:
             raise ValueError(f"the prompt has {len(prompt)} tokens, but the target's context is {most}")
         return prompt
 
-    def _measured(self, question: Question, method: Method, repeat: int, prompt: list[int], answer: Answer) -> Row:
+    def _measured(
+        self,
+        question: Question,
+        method: Method,
+        repeat: int,
+        sampling: SamplingConfig,
+        prompt: list[int],
+        answer: Answer,
+    ) -> Row:
+        """``sampling`` is that of this answer alone."""
         ids = cut(answer.token_ids, self.eos_ids, self.config.max_new_tokens)
         values = {
             "prompt_tokens": len(prompt),
@@ -186,17 +197,23 @@ class _Bench:
         }
         seconds = ("wall_seconds", "prefill_seconds", "target_seconds", "draft_seconds")
         values |= {name: round(getattr(answer, name), 6) for name in seconds}
-        if method.name == PLAIN and repeat == 0 and self.config.temperature == 0:
+        if self.config.temperature > 0:
+            values["seed"] = sampling.seed
+            if method.name == PLAIN:
+                values["margins"] = self.plain.margins(prompt, ids, sampling)
+        elif method.name == PLAIN and repeat == 0:
             values["top2_gaps"] = self.plain.top2_gaps(prompt, ids)
         if question.id in self.shown and repeat == 0 and method.name != PLAIN:
             values["pieces"] = answer.pieces
         return values
 
-    def _sampling(self, method: Method, batch: Sequence[Question], repeat: int, turn: int) -> SamplingConfig:
-        """Draws of a method are its own: at temperature 0 they do nothing, above it samples must be independent."""
-        name = f"{method.name}/{batch[0].id}/{repeat}" if batch else method.name
+    def _sampling(self, method: Method, first: Question, repeat: int, turn: int) -> SamplingConfig:
+        """Of a batch that begins with ``first``. Our methods draw with the same numbers, so that all write one text;
+        other engines' samples are independent of ours."""
+        engine = method.facts["engine"]
+        drawn_by = engine if engine == OURS else method.name
         return SamplingConfig(
             max_new_tokens=self.config.max_new_tokens,
             temperature=self.config.temperature,
-            seed=draw_seed(self.config.seed, name, turn),
+            seed=draw_seed(self.config.seed, f"{drawn_by}/{first.id}/{repeat}", turn),
         )

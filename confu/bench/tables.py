@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from confu.bench.equality import Comparison, Difference, failures, unanswered
+from confu.bench.equality import Comparison, Difference, failures, gap_name, unanswered
 from confu.bench.metrics import Interval, Summary, speed_ratio, summarise, tasks_of, tau_ratio
 from confu.bench.results import OURS, PLAIN, REFERENCE, Results
 from confu.pages.page import NONE, number
@@ -81,14 +81,14 @@ def document(findings: Findings) -> dict[str, Any]:
     def plain(summaries: dict[str, Summary]) -> dict[str, Any]:
         return {name: asdict(summary) for name, summary in summaries.items()}
 
-    methods, greedy = plain(findings.overall), findings.results.run["temperature"] == 0
+    methods = plain(findings.overall)
     differences = [asdict(difference) for difference in findings.differences]
     for name, found in findings.compared.items():
         if name in methods:
             methods[name] |= {
                 "num_compared": found.num_compared,
-                "num_diverged": len(found.differences) if greedy else None,
-                "num_ties": sum(difference.is_tie for difference in found.differences) if greedy else None,
+                "num_diverged": len(found.differences),
+                "num_ties": sum(difference.is_tie for difference in found.differences),
                 "first_token_p": found.first_token_p,
                 "length_p": found.length_p,
             }
@@ -109,7 +109,7 @@ def document(findings: Findings) -> dict[str, Any]:
 
 def overall_table(findings: Findings) -> Table:
     header = ["method", "tokens/s", "without prefill", "speed-up", "95 %", "tau", "95 %",
-              equality_header(findings.results), "failed"]  # fmt: skip
+              *equality_header(findings.results), "failed"]  # fmt: skip
     speculative = findings.speculative
     rows = [
         [
@@ -120,7 +120,7 @@ def overall_table(findings: Findings) -> Table:
             span(found.speedup_interval) if name in speculative else NONE,
             number(found.mean_acceptance_length, 2),
             span(found.mean_acceptance_length_interval) if name in speculative else NONE,
-            equality_cell(findings.compared.get(name)),
+            *equality_cells(findings, name),
             str(found.num_failed or NONE),
         ]
         for name, found in findings.overall.items()
@@ -185,7 +185,7 @@ def lengths_table(findings: Findings) -> Table:
         if counts := found.round_length_counts:
             cells = [number(100 * count / found.num_rounds, 1) for count in counts]
             rows.append([name, *cells, *[NONE] * (longest - len(counts))])
-    header = ["method", *(f"{length} token{'s' * (length > 1)}" for length in range(1, longest + 1))]
+    header = ["method", *(counted(length, "token") for length in range(1, longest + 1))]
     return Table("How many tokens a round adds, % of rounds", header, rows)
 
 
@@ -204,7 +204,7 @@ def time_table(findings: Findings) -> Table:
 
 def differences_table(findings: Findings, most: int = 30) -> Table:
     """The first of each method, and how many more it has."""
-    header = ["method", "question", "task", "turn", "repeat", "token", "top-2 gap", ""]
+    header = ["method", "question", "task", "turn", "repeat", "token", gap_name(findings.results.run), ""]
     rows = []
     for name, found in findings.compared.items():
         for difference in found.differences[:most]:
@@ -241,7 +241,8 @@ def conditions(results: Results) -> str:
     turns = len({(row["question"], row["turn"]) for row in results.rows})
     dates = dict.fromkeys([run.get("begun", run["date"]), run["date"]])
     return (
-        f"{len({row['question'] for row in results.rows})} questions ({turns} turns) of {run['suite']}{repeats}, "
+        f"{counted(len({row['question'] for row in results.rows}), 'question')} ({counted(turns, 'turn')}) of "
+        f"{run['suite']}{repeats}, "
         f"{run['target']} in {run['dtype']}{rounded}, temperature {run['temperature']:g}, at most "
         f"{run['max_new_tokens']} new tokens, {tree}batch {run['batch_size']}, seed {run['seed']}; "
         f"{machine['cpu']}, {machine['threads']} threads, {run['device']}, torch {machine['torch']}, "
@@ -260,18 +261,18 @@ def versions(run: dict[str, Any]) -> str:
     return kind + ", ".join(commits)
 
 
-def equality_header(results: Results) -> str:
-    return "differ" if results.run["temperature"] == 0 else "p: token, length"
+def equality_header(results: Results) -> list[str]:
+    return ["differ"] if results.run["temperature"] == 0 else ["differ", "p: token, length"]
 
 
-def equality_cell(found: Comparison | None) -> str:
-    if found is None or not found.num_compared:
-        return NONE
-    if found.first_token_p is not None and found.length_p is not None:
-        return f"{found.first_token_p:.2g}, {found.length_p:.2g}"
+def equality_cells(findings: Findings, method: str) -> list[str]:
+    found = findings.compared.get(method, Comparison(0, []))
     ties = sum(difference.is_tie for difference in found.differences)
     rest = f" ({ties} at a tie)" if ties else ""
-    return f"{len(found.differences)} of {found.num_compared}{rest}"
+    differ = f"{len(found.differences)} of {found.num_compared}{rest}" if found.num_compared else NONE
+    if findings.results.run["temperature"] == 0:
+        return [differ]
+    return [differ, f"{found.first_token_p:.2g}, {found.length_p:.2g}" if found.is_tested else NONE]
 
 
 def verdict(results: Results, difference: Difference) -> str:
@@ -280,6 +281,10 @@ def verdict(results: Results, difference: Difference) -> str:
     if results.run["methods"][difference.method]["engine"] != OURS:
         return "another engine"
     return "MISTAKE" if results.run["dtype"] == "float32" else f"beyond a tie of float32; {results.run['dtype']} rounds"
+
+
+def counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def span(interval: Interval) -> str:
