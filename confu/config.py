@@ -36,12 +36,17 @@ class TreeConfig:
     """Children expanded per node, and nodes expanded per level."""
     contemplate: int | None = None
     """Most probable nodes that carry a contemplate row (C); unset means every node, 0 switches the future off."""
+    lookup: int | None = None
+    """Where the last so many tokens stood before, what followed them is drafted, one chain instead of a tree, and the
+    draft rests (prompt lookup); unset means never."""
 
     def __post_init__(self) -> None:
         for name in ("nodes", "depth", "topk"):
             _at_least(self, name, 1)
         if self.contemplate is not None:
             _at_least(self, "contemplate", 0)
+        if self.lookup is not None:
+            _at_least(self, "lookup", 1)
 
     def num_con(self, nodes: int) -> int:
         """Contemplate rows of a tree with so many nodes."""
@@ -60,6 +65,9 @@ class TreeOptions:
     """Children expanded per node, and nodes expanded per level (10)."""
     contemplate: int | None = None
     """Most probable nodes that carry a contemplate row; every node otherwise, 0 switches the future off."""
+    lookup: int | None = None
+    """Draft what followed the last so many tokens where they stood before, without the draft's network; never
+    otherwise."""
 
     @property
     def given(self) -> bool:
@@ -72,7 +80,7 @@ class TreeOptions:
 
 def tree_option(field: str) -> str:
     """What a field of `TreeOptions` is called on a command line."""
-    return "--contemplate" if field == "contemplate" else f"--tree-{field}"
+    return f"--{field}" if field in ("contemplate", "lookup") else f"--tree-{field}"
 
 
 @dataclass(frozen=True)

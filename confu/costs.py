@@ -11,18 +11,22 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
 
 from confu.config import TreeConfig
+from confu.ngrams import Repeat
 
 CHILDREN = 0.5  # of what a frontier is expected to bring, the part that its children bring beyond their own cost
 WEIGHT = 0.9  # of the past, in what is remembered from round to round
 GRAIN = 4  # rows of a verification come in multiples of it: each number costs milliseconds, and memory, the first time
 PRIOR = 4.0  # tokens for which the draft's probabilities are believed before acceptance corrects them
 TRIAL = 8  # drafts, of all sequences together, before it is judged whether they pay
+BREAKS = 1.5  # a repetition that matched m tokens so far breaks with probability BREAKS / (m + BREAKS)
+SEEN = 2.0  # breaks for which that is believed before what happens corrects it
 GAIN = 0.9  # of the target's own time for a token, what one with a draft may take at most to be believed to pay
 RESTS = (16, 64)  # rounds without a draft where none pays: so many at first, twice as many each time, at most so many
 
@@ -55,6 +59,11 @@ def between(points: tuple[tuple[int, float], ...], size: int) -> float:
     return low_ms + (high_ms - low_ms) * (size - low) / (high - low)
 
 
+def _goes_on(matched: int, breaks: float) -> float:
+    """Probability that a text which repeats so many tokens repeats the next one, too."""
+    return matched / (matched + breaks)
+
+
 class Budget:
     """Decides, round by round, how deep a tree grows and how many of its nodes are verified, and where for a while no
     tree is grown at all.
@@ -66,6 +75,7 @@ class Budget:
         self.costs, self.tree, self.contemplates = costs, tree, contemplates
         self._came = self._expected = PRIOR
         self._promised = 0.0
+        self._broke = self._would_break = 0.0
         self._tried, self._left, self._rest = 0, 0, RESTS[0]
         self._pace, self._plain = GAIN, 1.0
         self.resize(batch_size)
@@ -82,6 +92,11 @@ class Budget:
             (n, between(self.costs.verify, self.rows(n)))
             for n in range(1, self.tree.nodes + 1)
             if n in (1, self.tree.nodes) or self.rows(n) % GRAIN == 0
+        ]
+        self._verify_chain = [
+            (n, between(self.costs.verify, batch_size * n))
+            for n in range(2, self.tree.nodes + 1)
+            if n == self.tree.nodes or batch_size * n % GRAIN == 0
         ]
 
     def rows(self, nodes: int) -> int:
@@ -133,6 +148,37 @@ class Budget:
         self._promised = promised[nodes - 1]
         self._pace = WEIGHT * self._pace + (1 - WEIGHT) * pace
         return nodes
+
+    @property
+    def breaks(self) -> float:
+        """`BREAKS`, as this text has it."""
+        return BREAKS * (SEEN + self._broke) / (SEEN + self._would_break)
+
+    def chains(self, repeats: Sequence[Repeat]) -> list[Repeat]:
+        """As much of these, in a verification without contemplate rows, as gives most tokens per millisecond; none
+        where the draft's trees, or in a rest the target alone, do better."""
+        breaks, promised, total = self.breaks, [0.0], 0.0
+        chances = [1.0 if repeat.tokens else 0.0 for repeat in repeats]
+        if not any(chances) or not self._verify_chain:
+            return []
+        for place in range(self.tree.nodes - 1):
+            chances = [c * _goes_on(r.matched + place, breaks) for c, r in zip(chances, repeats, strict=True)]
+            total += sum(chances)
+            promised.append(total)
+        pace, nodes = min((ms / (self.batch_size + promised[n - 1]), n) for n, ms in self._verify_chain)
+        if pace >= (self._pace if self._left == 0 else self._plain):
+            return []
+        return [repeat.first(nodes - 1) for repeat in repeats]
+
+    def note_chains(self, chains: Sequence[Repeat], accepted: Sequence[int]) -> None:
+        """So many tokens of each chain were accepted."""
+        broke = would_break = 0.0
+        for repeat, count in zip(chains, accepted, strict=True):
+            tried = min(count + 1, len(repeat.tokens))
+            broke += tried > count
+            would_break += sum(1 - _goes_on(repeat.matched + place, BREAKS) for place in range(tried))
+        self._broke = WEIGHT * self._broke + broke
+        self._would_break = WEIGHT * self._would_break + would_break
 
     def note(self, accepted: int) -> None:
         """So many drafted tokens of the round were accepted, in all sequences."""

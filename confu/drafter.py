@@ -8,6 +8,7 @@ drafters that need no training.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -26,9 +27,10 @@ from confu.draft_graphs import GraphGrowth
 from confu.graphs import GraphForward
 from confu.host import upload
 from confu.linear import USUAL_ROWS
+from confu.ngrams import NGrams, Repeat
 from confu.rows import MOST_ROWS, rows
 from confu.target import Target
-from confu.tree import Candidates, Frontier, Tree, root_only, take
+from confu.tree import Candidates, Frontier, Tree, chains, root_only, take
 from confu.turns import Turn
 
 
@@ -59,10 +61,17 @@ class Accepted:
 
 
 def joined(rounds: Sequence[Accepted]) -> Accepted:
-    """Rounds without a draft as one stretch: one token each, no f."""
-    batch = len(rounds[0].counts)
+    """Rounds that the drafter rested in as one stretch, without f."""
     tokens, features = (torch.cat([getattr(r, name) for r in rounds], dim=1) for name in ("tokens", "features"))
-    return Accepted(tokens, [len(rounds)] * batch, rounds[-1].next_tokens, features)
+    starts = list(itertools.accumulate((r.tokens.shape[1] for r in rounds), initial=0))
+    pairs = list(zip(starts, rounds, strict=False))
+    real = [[start + i for start, r in pairs for i in range(r.counts[row])] for row in range(len(rounds[0].counts))]
+    counts = [len(places) for places in real]
+    if min(counts) < tokens.shape[1]:  # some are padding
+        most = max(counts)
+        index = upload([[*places, *[0] * (most - len(places))] for places in real], tokens.device)
+        tokens, features = tokens.gather(1, index), take(features, index)
+    return Accepted(tokens, counts, rounds[-1].next_tokens, features)
 
 
 @runtime_checkable
@@ -103,38 +112,73 @@ def check_fit(config: DraftConfig, target: Target) -> None:
 
 
 class Drafting:
-    """A drafter at work: its state, and, where a budget says that drafts do not pay, the rounds that it has not read
-    yet. It reads them all at once when they are to pay again."""
+    """A drafter at work: its state, and the rounds that it has not read yet, since it rests where a budget says that
+    drafts do not pay, and where ``texts``, the tokens of the target's cache, go on as they did before. It reads them
+    all at once when it is to draft again."""
 
-    def __init__(self, drafter: Drafter, state: DraftState, tree: TreeConfig, budget: Budget | None) -> None:
+    def __init__(
+        self,
+        drafter: Drafter,
+        state: DraftState,
+        tree: TreeConfig,
+        budget: Budget | None,
+        texts: Sequence[list[int]],
+    ) -> None:
         self.drafter, self.state, self.tree, self.budget = drafter, state, tree, budget
         self.rests = False
         self._unread: list[Accepted] = []
+        sizes = () if tree.lookup is None else (tree.lookup,)
+        self._ngrams = [NGrams(text, sizes) for text in texts]
+        self._chains: list[Repeat] = []  # of this round
 
     def commit(self, accepted: Accepted) -> None:
+        drafted = [count - 1 for count in accepted.counts]  # and accepted
         if self.rests:
             self._unread.append(accepted)
         else:
             self.drafter.commit(self.state, accepted)
-            if self.budget is not None:
-                self.budget.note(sum(accepted.counts) - len(accepted.counts))
+        if self.budget is None:
+            return
+        if self._chains:
+            self.budget.note_chains(self._chains, drafted)
+        elif not self.rests:
+            self.budget.note(sum(drafted))
 
     def select(self, sequences: list[int]) -> None:
         """Go on with these sequences of the batch."""
         self.state.select(sequences)
         self._unread = [accepted.select(sequences) for accepted in self._unread]
+        self._ngrams = [self._ngrams[i] for i in sequences]
         if self.budget is not None:
             self.budget.resize(len(sequences))
 
-    def grow(self, roots: Int[Tensor, " B"]) -> Tree:
-        """The next trees; the roots alone while the drafter rests."""
-        self.rests = self.budget is not None and self.budget.rests()
+    def grow(self, roots: Int[Tensor, " B"], ids: list[int]) -> Tree:
+        """The next trees, of roots whose tokens the host knows, too: chains where texts repeat themselves and these
+        promise more; the roots alone while the drafter rests."""
+        self._chains = self._repeats(ids)
+        self.rests = bool(self._chains) or (self.budget is not None and self.budget.rests())
+        if self._chains:
+            return chains(roots, [repeat.tokens for repeat in self._chains])
         if self.rests:
             return root_only(roots)
+        self.read()
+        return self.drafter.grow(self.state, self.tree, self.budget)
+
+    def read(self) -> None:
+        """Catch up with the target."""
         if self._unread:
             self.drafter.commit(self.state, joined(self._unread))
             self._unread = []
-        return self.drafter.grow(self.state, self.tree, self.budget)
+
+    def _repeats(self, ids: list[int]) -> list[Repeat]:
+        """What each text would go on with if it did as before; none if a tree promises more, or, without a budget that
+        could tell, if not all would."""
+        if self.tree.lookup is None:
+            return []
+        found = [ngrams.following(root, self.tree.nodes - 1) for ngrams, root in zip(self._ngrams, ids, strict=True)]
+        if self.budget is not None:
+            return self.budget.chains(found)
+        return found if all(repeat.tokens for repeat in found) else []
 
 
 class TreeState:

@@ -155,7 +155,7 @@ class Decoder:
 
         # 1. prefill: all prompt tokens but the last, which is the root of the first, undrafted tree
         router_state = self._prefill(session, prompts, sampling.max_new_tokens, stats, on_prefill)
-        cache, drafting = session.cache, self._drafting(session.state, len(prompts))
+        cache, drafting = session.cache, self._drafting(session)
         assert cache is not None
         tree = root_only(self._tensor([prompt[-1] for prompt in prompts]))
         age: int | None = None  # rounds since the f that the drafter reads was made
@@ -198,6 +198,8 @@ class Decoder:
             # 5. drop finished sequences, grow the next trees
             alive = running.drop_finished()
             if not alive:
+                if drafting is not None:
+                    drafting.read()  # for the session's next call
                 return
             bonus = step.bonus
             if len(alive) < len(step.counts):
@@ -208,16 +210,18 @@ class Decoder:
                 if drafting is not None:
                     drafting.select(alive)
             clock = time.perf_counter()
-            tree = drafting.grow(bonus) if drafting is not None else root_only(bonus)
+            ids = [step.drawn[row][-1] for row in alive]
+            tree = drafting.grow(bonus, ids) if drafting is not None else root_only(bonus)
             stats.draft_seconds += time.perf_counter() - clock
 
-    def _drafting(self, state: Any, batch_size: int) -> Drafting | None:
+    def _drafting(self, session: Session) -> Drafting | None:
         if self.drafter is None:
             return None
         budget = None
         if self.costs is not None:
-            budget = Budget(self.costs, self.tree, batch_size, contemplates=self._contemplation is not None)
-        return Drafting(self.drafter, state, self.tree, budget)
+            contemplates = self._contemplation is not None
+            budget = Budget(self.costs, self.tree, len(session.tokens), contemplates=contemplates)
+        return Drafting(self.drafter, session.state, self.tree, budget, session.tokens)
 
     @property
     def _contemplation(self) -> Contemplation | None:

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from confu.costs import Budget
+from confu.host import upload
 from confu.native import on_host
 
 
@@ -90,6 +91,13 @@ def chain(root: Int[Tensor, " B"], drafted: Int[Tensor, "B M"], counts: Int[Tens
     scores = torch.cat([zero, torch.where(real, -(steps + 1.0) * 1e-3, -torch.inf)], dim=1)
     parents = torch.cat([zero.long(), torch.where(real, steps, 0)], dim=1)
     return from_parents(torch.cat([root[:, None], drafted], dim=1), parents, scores)
+
+
+def chains(roots: Int[Tensor, " B"], drafted: Sequence[Sequence[int]]) -> Tree:
+    """The same of tokens on the host, as many for each sequence as there are."""
+    width = max(map(len, drafted))
+    padded = upload([[*tokens, *[0] * (width - len(tokens))] for tokens in drafted], roots.device)
+    return chain(roots, padded, upload([len(tokens) for tokens in drafted], roots.device))
 
 
 class Candidates:

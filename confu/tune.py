@@ -52,12 +52,8 @@ LEVELS = (1, 5)
 REPEATS = 7
 SAME = 0.01  # of a speed-up, what two measurements of the same differ by
 PASSES = 2  # of the prompts: texts differ more from each other than passes do
-TREES = (
-    TreeConfig(nodes=64, depth=8, topk=10),
-    TreeConfig(nodes=64, depth=8, topk=6),
-    TreeConfig(nodes=64, depth=8, topk=4),
-    TreeConfig(nodes=64, depth=8, topk=3),
-)
+LOOKUP = 2  # tokens that stood before, for what followed them to be weighed against a tree
+TREES = tuple(TreeConfig(nodes=64, depth=8, topk=topk, lookup=LOOKUP) for topk in (10, 6, 4, 3))
 CONTEMPLATE = (None, 4, 2, 1, 0)
 FEW = 1  # contemplate rows while limits are compared: with one behind every node only small trees pay
 DAMAGED = "%s is damaged and is not read; run `confu tune` again"
@@ -100,7 +96,8 @@ def tune(
     progress: Progress = lambda stage, fraction: None,
 ) -> Tuning:
     """Measure costs, then adaptive trees of several limits beside plain decoding and the default tree, in turns, and
-    with the fastest limits several numbers of contemplate rows; the fastest win, of as fast ones the fewest rows.
+    with the fastest limits several numbers of contemplate rows, and no lookup; the fastest win, of as fast ones those
+    with lookup, which long texts need most, and of these the fewest rows.
     Raises ValueError for a decoder whose draft scores no trees."""
     if not isinstance(decoder.drafter, TreeDrafter):
         raise ValueError(ONLY_TRAINED)
@@ -114,18 +111,17 @@ def tune(
     trials = _trials(decoder, costs, named, prompts, max_new_tokens, progress)
     # Of as fast ones those that accept most: behind longer texts rounds cost more, and they need fewest.
     best, tree = _fastest(trials, lambda trial, _: trial.mean_acceptance_length)
+    changes: list[tuple[str, dict[str, Any]]] = [("again", {}), ("no lookup", {"lookup": None})]
     if contemplates:
-        named = [
-            (f"{best.name}, contemplate {'all' if n is None else n}", dataclasses.replace(tree, contemplate=n), True)
-            for n in CONTEMPLATE
-        ]
-        more = _trials(decoder, costs, named, prompts, max_new_tokens, progress)
-        _, tree = _fastest(more, lambda _, tree: -tree.num_con(tree.nodes))
-        trials += more[1:]  # plain decoding is there
+        changes[:1] = [(f"contemplate {'all' if n is None else n}", {"contemplate": n}) for n in CONTEMPLATE]
+    named = [(f"{best.name}, {what}", dataclasses.replace(tree, **change), True) for what, change in changes]
+    more = _trials(decoder, costs, named, prompts, max_new_tokens, progress)
+    _, tree = _fastest(more, lambda _, tree: (tree.lookup is not None, -tree.num_con(tree.nodes)))
+    trials += more[1:]  # plain decoding is there
     return Tuning(tree, costs[tree.topk], tuple(trials))
 
 
-def _fastest(trials: list[Trial], prefer: Callable[[Trial, TreeConfig], float]) -> tuple[Trial, TreeConfig]:
+def _fastest(trials: list[Trial], prefer: Callable[[Trial, TreeConfig], Any]) -> tuple[Trial, TreeConfig]:
     """The adaptive trees of most speed over the plain decoding beside them, and their limits; where several are as fast
     as can be told apart, those to prefer."""
     found = [(trial, trial.tree) for trial in trials if trial.adaptive and trial.tree is not None]

@@ -81,11 +81,12 @@ def test_a_session_goes_on_where_it_was(model8, target8, drafter):
 
 
 def naive_lookup(tokens: list[int], max_ngram: int, length: int) -> list[int]:
-    """What followed the latest earlier occurrence of the longest tail that occurred before."""
+    """What followed the latest earlier occurrence of the longest tail that occurred before, over and over."""
     for size in range(max_ngram, 0, -1):
         starts = [j for j in range(len(tokens) - size) if tokens[j : j + size] == tokens[len(tokens) - size :]]
         if starts:
-            return tokens[max(starts) + size :][:length]
+            period = tokens[max(starts) + size :]
+            return (period * length)[:length]
     return []
 
 
@@ -129,7 +130,8 @@ def test_lookup_by_example(target8):
     for tokens, drafted in (
         ([1, 2, 3, 7, 3, 5, 1, 2, 3], (7, 3, 5)),  # "1 2 3" before the later "3"
         ([2, 3, 0, 2, 3, 1, 2, 3], (1, 2, 3)),
-        ([4, 4, 4, 4], (4,)),  # the overlapping occurrence, one token back
+        ([4, 4, 4, 4], (4, 4, 4)),  # the overlapping occurrence, one token back, goes on
+        ([1, 2, 1, 2], (1, 2, 1)),
         ([1, 2, 3], ()),
     ):
         assert max(paths(lookup_tree(Lookup(target8), [tokens], config), 0), key=len) == drafted

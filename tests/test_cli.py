@@ -521,7 +521,15 @@ def test_help_is_light_and_names_every_option():
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     out = subprocess.run([sys.executable, "-c", code.format("generate")], capture_output=True, text=True, check=True)
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 1.5  # processor time; 0.2 s is usual
-    for option in ("--tree-nodes", "--contemplate", "--temperature", "--max-new-tokens", "--show-tokens", "-q"):
+    for option in (
+        "--tree-nodes",
+        "--contemplate",
+        "--lookup",
+        "--temperature",
+        "--max-new-tokens",
+        "--show-tokens",
+        "-q",
+    ):
         assert option in out.stdout
     assert "Levels of drafted tokens below the root" in out.stdout  # the dataclass field's own text
 
@@ -570,7 +578,14 @@ def test_what_tune_found_is_used(confu_run, home, monkeypatch):
         tuned = json.loads(confu_run(*answer)[1])
         assert tuned["tree"] == document["tree"] | {"adaptive": True}
         fixed = json.loads(confu_run(*answer, "--tree-nodes", "30")[1])
-        assert fixed["tree"] == {"nodes": 30, "depth": 6, "topk": 10, "contemplate": None, "adaptive": False}
+        assert fixed["tree"] == {
+            "nodes": 30,
+            "depth": 6,
+            "topk": 10,
+            "contemplate": None,
+            "lookup": None,
+            "adaptive": False,
+        }
         assert fixed["token_ids"] == tuned["token_ids"]
         assert json.loads(confu_run(*ANSWER, "--json", "--dtype", "bfloat16")[1])["tree"]["adaptive"] is False
         status, out, err = confu_run("tune", "confu", "--max-new-tokens", "8", "--dtype", "float32")

@@ -145,10 +145,11 @@ def test_a_drafter_rests_where_it_does_not_pay(model, target, drafts, method):
     expected = [naive.greedy(model, prompt, count) for prompt, count in zip(prompts, counts, strict=True)]
     assert [answer.token_ids for answer in answers] == expected
     rounds = recorder.accepted[1:]
-    # the root, a trial of three, a rest in the middle of which one ends, a trial of two, a rest, a trial, a rest
+    # the root, a trial of three, a rest in the middle of which one ends, a trial of two, a rest, a trial, a rest that
+    # the end cuts short
     first, later = [1] * (TRIAL // 3 + 1), [1] * (TRIAL // 2)
-    assert [accepted.counts[0] for accepted in rounds] == [1, *first, RESTS[0], *later, RESTS[0], *later]
-    assert [len(accepted.counts) for accepted in rounds] == [3] * (1 + len(first)) + [2] * (2 + 2 * len(later))
+    assert [accepted.counts[0] for accepted in rounds] == [1, *first, *2 * [RESTS[0], *later], 16]
+    assert [len(accepted.counts) for accepted in rounds] == [3] * (1 + len(first)) + [2] * (3 + 2 * len(later))
     if method == "confu-head":  # f is of no use behind a rest, and made anew at once
         after = [n + 1 for n, accepted in enumerate(rounds[:-1]) if accepted.counts[0] > 1]
         assert all(rounds[n].future is not None and not rounds[n - 1].keeps_future for n in after)

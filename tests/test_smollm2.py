@@ -85,7 +85,7 @@ def test_greedy_answers_in_bfloat16_are_those_of_plain_decoding_too(quantization
     prompts = [encode_chat(plain.tokenizer, [{"role": "user", "content": text}]) for text in PROMPTS[:5]]
     sampling = SamplingConfig(max_new_tokens=48)
     answers = [plain.generate([prompt], sampling)[0].token_ids for prompt in prompts]
-    few = TreeConfig(nodes=12, depth=8, topk=6, contemplate=1)
+    few = TreeConfig(nodes=12, depth=8, topk=6, contemplate=1, lookup=1)
     drafts = (("smollm2-135m-eagle3", TreeConfig()), ("smollm2-135m-confu", TreeConfig()), ("smollm2-135m-confu", few))
     for draft, tree in drafts:
         decoder = load_decoder(draft, **options, tree=tree)

@@ -147,7 +147,12 @@ def test_only_trained_drafts_are_tuned(target):
 def tuned(target, drafters):
     decoder = Decoder(target, drafters["confu"])
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"ROWS": (1, 8), "BATCHES": (1,), "PREFIX": 16, "TREES": (TreeConfig(8, 3, 3),) * 2}.items():
+        for name, value in {
+            "ROWS": (1, 8),
+            "BATCHES": (1,),
+            "PREFIX": 16,
+            "TREES": (TreeConfig(8, 3, 3, lookup=2),) * 2,
+        }.items():
             patch.setattr(tune, name, value)
         return decoder, tune.tune(decoder, [list(p) for p in PROMPTS], max_new_tokens=8)
 
@@ -162,13 +167,14 @@ def test_the_fastest_limits_win(tuning):
     _, found = tuning
     names = [trial.name for trial in found.trials]
     assert names[:2] == ["plain", "default tree"]
-    assert [name.rpartition(" ")[2] for name in names[-5:]] == ["all", "4", "2", "1", "0"]
-    assert [trial.tree.contemplate for trial in found.trials[2:]] == [1, 1, None, 4, 2, 1, 0]
+    assert [name.rpartition(" ")[2] for name in names[-6:]] == ["all", "4", "2", "1", "0", "lookup"]
+    assert [trial.tree.contemplate for trial in found.trials[2:]] == [1, 1, None, 4, 2, 1, 0, 1]
+    assert [trial.tree.lookup for trial in found.trials[1:]] == [None, *[2] * 7, None]
     assert found.trials[0].speedup == 1
     assert found.trials[0].mean_acceptance_length == 1
-    enough = (1 - tune.SAME) * max(trial.speedup for trial in found.trials[-5:])
-    alike = [trial.tree for trial in found.trials[-5:] if trial.speedup >= enough]
-    assert found.tree == min(alike, key=lambda tree: tree.num_con(tree.nodes))
+    enough = (1 - tune.SAME) * max(trial.speedup for trial in found.trials[-6:])
+    alike = [trial.tree for trial in found.trials[-6:] if trial.speedup >= enough]
+    assert found.tree == min(alike, key=lambda tree: (tree.lookup is None, tree.num_con(tree.nodes)))
     assert all(trial.nodes_per_round <= 8 for trial in found.trials if trial.adaptive)
 
 

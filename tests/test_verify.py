@@ -15,6 +15,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 from confu import generate
 from confu.config import SamplingConfig, TreeConfig
 from confu.costs import Costs
+from confu.drafter import Drafting
 from confu.generate import Decoder
 from confu.tree import Tree, chain, from_parents
 from confu.verify import Sampler, Walk, invert_cdf, penalise, walk
@@ -241,9 +242,12 @@ def exact_law(model, temperature: float, top_p: float) -> dict[tuple[int, ...], 
     return law
 
 
-def sampled(target, drafter, temperature: float, top_p: float, costs: Costs | None = None) -> Counter:
+def sampled(
+    target, drafter, temperature: float, top_p: float, costs: Costs | None = None, lookup: int | None = None
+) -> Counter:
     """Answers of the engine, each sequence of each batch with its own seed."""
-    decoder = Decoder(target, drafter, tree=TreeConfig(nodes=10, depth=3, topk=3, contemplate=4), costs=costs)
+    tree = TreeConfig(nodes=10, depth=3, topk=3, contemplate=4, lookup=lookup)
+    decoder = Decoder(target, drafter, tree=tree, costs=costs)
     counts = Counter()
     for call in range(CALLS):
         sampling = SamplingConfig(max_new_tokens=LENGTH, temperature=temperature, top_p=top_p, seed=call * BATCH)
@@ -280,6 +284,17 @@ def test_answers_by_adaptive_trees_follow_the_targets_law(target8, model8, draft
     monkeypatch.setattr(drafter, "grow", lambda *args: trees.append(grow(*args)) or trees[-1])
     counts = sampled(target8, drafter, 1.0, 1.0, costs)
     assert len({tree.tokens.shape[1] for tree in trees}) > 1
+    assert fits(counts, exact_law(model8, 1.0, 1.0)) > 1e-4
+
+
+def test_answers_with_lookup_follow_the_targets_law(target8, model8, drafters8, monkeypatch):
+    """What is drafted, and by whom, depends on what the sequences said before."""
+    costs = Costs(verify=((BATCH, 10.0), (10 * BATCH, 16.0)), level=((1, 0.1),), commit=((1, 1.0),))
+    drafted, true = [], Drafting._repeats
+    monkeypatch.setattr(Drafting, "_repeats", lambda *args: drafted.append(true(*args)) or drafted[-1])
+    counts = sampled(target8, drafters8["confu"], 1.0, 1.0, costs, lookup=1)
+    assert any(drafted)
+    assert not all(drafted)
     assert fits(counts, exact_law(model8, 1.0, 1.0)) > 1e-4
 
 

@@ -86,7 +86,8 @@ def _length_chart(found: dict[str, Summary]) -> str:
 def _sweep_charts(findings: Findings) -> dict[str, str]:
     """What was measured over the swept setting of most values; one line for each draft and each other setting."""
     methods = findings.results.run["methods"]
-    trees = {name: methods[name]["tree"] for name in findings.overall if methods[name].get("swept")}
+    without = dict.fromkeys(SWEEPABLE)  # of a setting that came later
+    trees = {name: without | methods[name]["tree"] for name in findings.overall if methods[name].get("swept")}
     values = {field: {tree[field] for tree in trees.values()} for field in SWEEPABLE}
     axis = max(values, key=lambda field: len(values[field] - {None}))
     others = [field for field in SWEEPABLE if field != axis and len(values[field]) > 1]

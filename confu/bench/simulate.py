@@ -113,6 +113,11 @@ def rows_of(facts: dict[str, Any]) -> int:
     return tree["nodes"] + (contemplate if facts["kind"] == "confu" and tree["nodes"] > 1 else 0)
 
 
+def _is_constant(facts: dict[str, Any]) -> bool:
+    """Whether all rounds have one tree, and so one price."""
+    return "costs" not in facts and facts.get("tree", {}).get("lookup") is None
+
+
 def predicted(results: Results, method: str, tau: float) -> float | None:
     """Decoded tokens per second on the machine whose costs run.json holds; None where it holds none for the method.
 
@@ -120,7 +125,7 @@ def predicted(results: Results, method: str, tau: float) -> float | None:
     """
     costs = results.run.get("costs")
     facts = results.run["methods"][method]
-    if costs is None or method not in costs["rounds"] or "costs" in facts:  # adaptive: no two rounds cost the same
+    if costs is None or method not in costs["rounds"] or not _is_constant(facts):
         return None
     target = forward_cost(costs["target"], rows_of(facts), _mean_prefix(results, method))
     return tau / (target + sum(costs["rounds"][method].values()))
@@ -153,7 +158,7 @@ def elsewhere_table(findings: Findings, hardware: Hardware = H100) -> Table:
     rows = [["plain, tokens/s", *(number(1 / seconds, 0) for seconds in plain)]]
     for name in findings.speculative:
         facts, tau = findings.results.run["methods"][name], findings.overall[name].mean_acceptance_length
-        if facts["engine"] != OURS or facts["kind"] == "draft-model" or "costs" in facts or tau is None:
+        if facts["engine"] != OURS or facts["kind"] == "draft-model" or not _is_constant(facts) or tau is None:
             continue
         tree, cells = facts["tree"], []
         for (model, batch), base in zip(points, plain, strict=True):

@@ -12,7 +12,7 @@ from confu.bench.metrics import Interval, Summary, speed_ratio, summarise, tasks
 from confu.bench.results import OURS, PLAIN, REFERENCE, Results
 from confu.pages.page import NONE, number
 
-SHAPE = ("nodes", "depth", "topk")
+SHAPE = ("nodes", "depth", "topk", "lookup")  # the last one came later than some runs
 
 
 @dataclass(frozen=True)
@@ -229,12 +229,14 @@ def conditions(results: Results) -> str:
     run = results.run
     machine = run["machine"]
     trees = [facts for facts in run["methods"].values() if "tree" in facts]
-    shapes = {tuple(facts["tree"][field] for field in SHAPE) for facts in trees if "costs" not in facts}
-    tree = "adaptive trees, " if any("costs" in facts for facts in trees) else ""
+    shapes = {_shape(facts) for facts in trees if "costs" not in facts}
+    adaptive = [facts["tree"].get("lookup") for facts in trees if "costs" in facts]
+    tree = f"adaptive trees{' with lookup' if any(adaptive) else ''}, " if adaptive else ""
     if len(shapes) > 1:
         tree += "trees as named, "
     elif any(facts["kind"] not in (PLAIN, "lookup") for facts in trees if "costs" not in facts):
-        tree += "".join("{} nodes, depth {}, top-k {}, ".format(*s) for s in shapes)
+        for nodes, depth, topk, lookup in shapes:
+            tree += f"{nodes} nodes, depth {depth}, top-k {topk}, {f'lookup {lookup}, ' if lookup else ''}"
     rounded = f" rounded to {run['quantization']}" if run.get("quantization") else ""
     rounded += ", compiled" if run.get("compile") else ""
     repeats = f", {run['repeats']} repeats" if run["repeats"] > 1 else ""
@@ -331,4 +333,8 @@ def _speed_ratios(results: Results) -> dict[str, dict[str, tuple[float, Interval
 def _same_tree(mine: dict[str, Any], theirs: dict[str, Any]) -> bool:
     """Whether both have a fixed tree, of one shape."""
     fixed = all("tree" in facts and "costs" not in facts for facts in (mine, theirs))
-    return fixed and all(mine["tree"][field] == theirs["tree"][field] for field in SHAPE)
+    return fixed and _shape(mine) == _shape(theirs)
+
+
+def _shape(facts: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(facts["tree"].get(field) for field in SHAPE)

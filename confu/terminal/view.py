@@ -184,8 +184,9 @@ def tuning_view(found: Tuning) -> Group:
             f"{trial.nodes_per_round:.1f}",
         )
     tree = found.tree
-    con = "" if tree.contemplate is None else f", contemplate {tree.contemplate}"
-    chosen = f"chosen: at most {tree.nodes} nodes, depth {tree.depth}, top-k {tree.topk}{con}"
+    chosen = f"chosen: at most {tree.nodes} nodes, depth {tree.depth}, top-k {tree.topk}"
+    for name, value in (("contemplate", tree.contemplate), ("lookup", tree.lookup)):
+        chosen += "" if value is None else f", {name} {value}"
     shares = next(trial.conditional_acceptance for trial in reversed(found.trials) if trial.tree == tree)
     depths = "accepted at depth 1, 2, ... where all above were: " + " ".join(f"{share:.2f}" for share in shares)
     return Group(cost_table, Text(""), trials, Text(""), Text(depths), Text(chosen, "bold"))
