@@ -45,6 +45,7 @@ from confu.bench.tables import (
     find,
     overall_table,
     ratio_lines,
+    ratio_table,
     span,
     versions,
     with_interval,
@@ -152,11 +153,12 @@ def bench(names: list[str], *, in_full: bool = True) -> str:
         tables = [
             overall_table(found[0]),
             engines_table(found[0]),
+            ratio_table(found[0]),
             by_task_table(found[0], "Speed-up by task", "speedup"),
             by_task_table(found[0], "Tau by task", "mean_acceptance_length"),
         ]
     else:
-        tables = [side_by_side(found), *map(prediction_table, found)]
+        tables = [side_by_side(found), *map(ratio_table, found), *map(prediction_table, found)]
     parts = [part for table in tables if table.rows for part in (f"{table.caption}:", table.markdown())]
     notes = [line for one in found for line in (*ratio_lines(one), conditions(one.results))]
     return "\n\n".join([*parts, *notes]) + "\n"

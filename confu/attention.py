@@ -55,7 +55,7 @@ class Attention:
             return
         few = mask.shape[0] * mask.shape[1] <= MOST_ROWS and num_soft <= MOST_SOFT
         if dtype == torch.bfloat16 and mask.is_cpu and few:
-            self.tiled = _tiles(head_dim)
+            self.tiled = tile_function(head_dim)
         if self.tiled is not None:
             self.mask = mask.contiguous()
         else:  # the query heads of a group become rows, so that keys and values are never repeated
@@ -100,7 +100,7 @@ def scale(width: int) -> float:
 
 
 @functools.cache
-def _tiles(head_dim: int) -> Callable[..., None] | None:
+def tile_function(head_dim: int) -> Callable[..., None] | None:
     """The compiled function, where it can run and takes heads so wide."""
     if head_dim % LANES or head_dim > WIDEST:
         return None

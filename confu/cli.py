@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -27,6 +28,7 @@ def run(argv: list[str]) -> int:
     """One command; returns the exit status. Errors become one sentence on stderr."""
     debug = "--debug" in argv
     _settle_libraries(debug)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was begun (peers, files) ends as by Ctrl-C
     try:
         status = app(argv, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()

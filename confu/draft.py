@@ -239,6 +239,11 @@ class DraftModel(nn.Module):
         if any(not torch.isfinite(w).all() for w in weights.values() if w.is_floating_point()):
             raise ValueError(f"{path} holds NaN or infinite weights; copy or train it again.")
         model.load_state_dict(weights)
+        ids = model.target_ids()
+        if len(ids.unique()) < len(ids) or not 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size:
+            raise ValueError(
+                f"{path}: d2t maps to no {len(ids)} different tokens of {config.vocab_size}; copy or train it again."
+            )
         return model.to(device=device, dtype=dtype).eval()
 
 

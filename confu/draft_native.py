@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from confu.attention import Attention, scale
+from confu.attention import Attention, scale, tile_function
 from confu.cache import KVCache
 from confu.host import upload
 from confu.layers import (
@@ -99,6 +99,7 @@ class NativeDraft:
         there are any."""
         fits = plain(hidden_norm) and plain(norm) and in_tiles(layer) and by_tiles(fc) and by_tiles(head)
         fits = fits and (looks is None or isinstance(looks, RoughProduct))
+        fits = fits and tile_function(layer.head_dim) is not None
         if not fits or layer.qkv.num_inputs != 2 * len(hidden_norm):
             return None
         return cls(layer, fc, head, looks, hidden_norm, norm, target_ids, residual_normed=residual_normed)

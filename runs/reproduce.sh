@@ -34,7 +34,6 @@ for run in "${runs[@]}"; do
         for draft in "${drafts[@]}"; do
             if [ ! -e "$out/$run/results.jsonl" ]; then "$bin/confu" tune "$draft" "${options[@]}"; fi
         done
-        case "$run" in tuned | peers) options+=(--costs) ;; esac
         if [ "$run" != unblocked ]; then options+=("${peers[@]}"); fi ;;
     # Acceptance and speed at three temperatures, by 30 and 60 nodes.
     t0) options=(--dtype bfloat16 --sweep nodes=30,60 --costs) ;;

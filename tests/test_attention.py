@@ -39,7 +39,7 @@ def attend(queries, keys, values, mask, num_soft=0):
 
 @pytest.fixture
 def tiles():
-    if attention._tiles(64) is None:
+    if attention.tile_function(64) is None:
         pytest.skip("there are no AMX tiles here")
 
 
@@ -71,7 +71,7 @@ def test_tiles(tiles, shape):
 @pytest.mark.parametrize("shape", [(2, 8, 2, 7, 145, 128), (1, 6, 3, 20, 300, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16])
 def test_torch(monkeypatch, shape, dtype):
-    monkeypatch.setattr(attention, "_tiles", lambda width: None)
+    monkeypatch.setattr(attention, "tile_function", lambda width: None)
     inputs = drawn(*shape, dtype=dtype)
     made, ours = attend(*inputs)
     assert made.tiled is None

@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -231,7 +232,7 @@ def test_table_for_people(bench_run, measured):
 
 def test_run_json_tells_how_it_was_measured(measured):
     run = json.loads((measured / "run.json").read_text())
-    assert run["methods"]["confu"]["tree"] == {"nodes": 8, "depth": 3, "topk": 3, "contemplate": None}
+    assert run["methods"]["confu"]["tree"] == dataclasses.asdict(TreeConfig(nodes=8, depth=3, topk=3))
     assert len(run["methods"]["confu"]["sha256"]) == len(run["questions_sha256"]) == 64
     assert (run["dtype"], run["temperature"], run["max_new_tokens"], run["batch_size"]) == ("float32", 0.0, 12, 1)
     assert {"cpu", "threads", "memory_bytes", "torch", "transformers", "python"} <= run["machine"].keys()
@@ -387,7 +388,9 @@ def test_an_answer_that_is_not_the_targets_fails_the_run(bench_run, monkeypatch)
     assert document["methods"]["eagle3"]["num_diverged"] == document["methods"]["eagle3"]["num_compared"] == 4
     assert document["methods"]["lookup"]["num_diverged"] == 0
     assert document["differences"][0]["position"] == 3
-    assert "eagle3: 4 answers differ from the plain target's beyond rounding; the first is question 1, turn 1" in err
+    assert (
+        "eagle3: 4 of 4 answers differ from the plain target's beyond rounding; the first is question 1, turn 1" in err
+    )
 
 
 def test_a_failed_question_is_marked_and_tried_again(bench_run, monkeypatch, tmp_path):
@@ -492,13 +495,43 @@ def test_other_settings_do_not_mix(bench_run, measured, home, tmp_path):
     shutil.copytree(measured, tmp_path / "out")
     for argv, sentence in (
         (("eagle3", "--temperature", "0.5"), "was begun with temperature 0.0, not 0.5"),
-        (("eagle3", "--tree-depth", "2"), "already measured another lookup (lookup: tree: depth 3, not 2)"),
-        (("eagle3=confu",), "already measured another eagle3 (eagle3: kind 'eagle3', not 'confu')"),
+        (("eagle3", "--tree-depth", "2"), "already measured lookup otherwise (lookup: tree: depth 3, not 2)"),
+        (("eagle3=confu",), "already measured eagle3 otherwise (eagle3: kind 'eagle3', not 'confu')"),
     ):
         status, _, err = bench_run(*argv, "-q")
         assert (status, err.count("\n")) == (2, 1)
         assert sentence in err
     assert rows_of(tmp_path / "out") == rows_of(measured)
+
+
+def test_two_benchmarks_do_not_measure_each_other(bench_run, measured, tmp_path):
+    shutil.copytree(measured, tmp_path / "out")
+    before = (tmp_path / "out" / "results.jsonl").read_bytes()
+    with ResultsWriter(tmp_path / "out", json.loads((measured / "run.json").read_text())):
+        status, _, err = bench_run("eagle3", "-q")
+    assert (status, "Another benchmark is measuring into" in err) == (2, True)
+    assert (tmp_path / "out" / "results.jsonl").read_bytes() == before
+    assert bench_run("eagle3", "-q")[0] == 0  # the other has ended
+
+
+def test_a_full_disk_is_one_sentence(bench_run, monkeypatch, tmp_path):
+    """And what was measured before it stays, to go on from."""
+    true, left = ResultsWriter.write, [3]
+
+    def write(self, row):
+        left[0] -= 1
+        if left[0] < 0:
+            self._file.close()
+            self._file = Path("/dev/full").open("a")  # noqa: SIM115
+        true(self, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResultsWriter, "write", write)
+        status, _, err = bench_run("eagle3", "--limit", "2", "-q")
+    assert status == 2
+    assert "results.jsonl cannot be written (No space left on device); give another folder with --out." in err
+    assert len(rows_of(tmp_path / "out")) == 3
+    assert bench_run("eagle3", "--limit", "2", "-q")[0] == 0
 
 
 def test_rows_of_unknown_settings_are_left_alone(bench_run, measured, tmp_path):
@@ -553,6 +586,7 @@ def test_answers_are_cut_alike():
         (["eagle3", "--methods", "confu"], "names confu, but no such draft was given, and none is shipped for target."),
         (["eagle3", "plain=confu"], "Two methods are called plain"),
         (["eagle3", "--sweep", "nods=3"], "--sweep 'nods=3' is no axis"),
+        (["eagle3", "--sweep", "nodes=8,8"], "--sweep 'nodes=8,8' is no axis; give each of nodes"),
         (["eagle3", "--sweep", "nodes=3", "nodes=4"], "at most once"),
         (["eagle3", "--sweep", "nodes=0"], "nodes is 0; give 1 or more"),
         (["--sweep", "nodes=4,8"], "--sweep 'nodes=4,8' changes none of the methods; name a draft, or leave it out."),

@@ -64,7 +64,7 @@ def test_page_and_markdown_show_the_same_numbers(tmp_path):
     assert (eagle3[5], confu[5], peer[5]) == ("2.00", "3.00", "–")
     assert [cells[header.index("differ")] for cells in (plain, eagle3, confu)] == ["–", "1 of 9", "1 of 9 (1 at a tie)"]
     assert "tau of confu over tau of eagle3, same tree: 1.500" in markdown
-    assert "eagle3: 1 answers differ from the plain target&#x27;s beyond rounding" in text
+    assert "eagle3: 1 of 9 answers differ from the plain target&#x27;s beyond rounding" in text
 
 
 def test_a_page_that_cannot_be_written_is_one_sentence(tmp_path):
@@ -105,17 +105,32 @@ def test_tokens_and_differences_are_shown_escaped(tmp_path):
 def test_good_runs_say_so(tmp_path):
     rows = [row("plain", "a1", 2.0, [1, 1], top2_gaps=[1.0] * 3), row("confu", "a1", 1.0, [2])]
     for options, sentence in (
-        ({}, "All 1 answers are the plain target's, token for token."),
-        ({"temperature": 1.0}, "By two-sample tests no method's samples differ from the plain target's."),
-        ({"temperature": 1.0, "seeds": True}, "target's, token for token, where both are drawn with the same random"),
-        ({"dtype": "bfloat16"}, "All 1 answers are the plain target's, token for token."),
-        ({"dtype": "bfloat16", "parts": True}, "1 of 1 answers part from the plain target's in bfloat16 (100%)"),
+        ({}, "1 of 1 answers of our methods are the plain target's, token for token."),
+        ({"temperature": 1.0}, "Two-sample tests find no difference from the plain target's samples."),
+        ({"temperature": 1.0, "seeds": True}, "target's, token for token, drawn with the same random numbers."),
+        ({"dtype": "bfloat16"}, "1 of 1 answers of our methods are the plain target's, token for token."),
+        (
+            {"dtype": "bfloat16", "parts": True},
+            "1 of 1 answers of our methods part from the plain target's in bfloat16 (100%)",
+        ),
     ):
         theirs = {"token_ids": [1, 9, 2]} if options.pop("parts", False) else {}
         both = {"seed": 3} if options.pop("seeds", False) else {}
         run = results([rows[0] | both, rows[1] | both | theirs], **options)
         write_report(find(run, compare(run)), tmp_path)
         assert sentence in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_run_that_is_not_finished_says_so(tmp_path):
+    rows = [row("plain", name, 2.0, [1, 1], top2_gaps=[1.0] * 3) for name in ("a1", "a2")]
+    run = results([*rows, row("eagle3", "a1", 1.0, [2])])
+    for name in ("confu", "peer"):
+        del run.run["methods"][name]
+    write_report(find(run, compare(run)), tmp_path)
+    assert "Not finished: of 2 questions eagle3 1 were asked." in (tmp_path / "report.md").read_text(encoding="utf-8")
+    run.rows.append(row("eagle3", "a2", 1.0, [2]))
+    write_report(find(run, compare(run)), tmp_path)
+    assert "Not finished" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 def test_every_commit_and_the_dates_are_named():

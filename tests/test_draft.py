@@ -126,6 +126,11 @@ DAMAGES = {
     "other vocabulary": (lambda f: edit_config(f, draft_vocab_size=41), r"asks for \(41"),
     "NaN": (lambda f: edit_weights(f, set_nan), "NaN or infinite"),
     "infinite": (lambda f: edit_weights(f, set_infinite), "NaN or infinite"),
+    "ids beyond": (
+        lambda f: edit_weights(f, lambda w: w["d2t"].add_(40_000_000)),
+        "d2t maps to no .* different tokens",
+    ),
+    "ids twice": (lambda f: edit_weights(f, lambda w: w["d2t"][1:2].copy_(w["d2t"][:1] - 1)), "d2t maps to no"),
     "unknown setting": (lambda f: edit_config(f, num_expert=3), "unknown key 'num_expert'; did you mean 'num_experts'"),
     "wrong setting": (lambda f: edit_config(f, head_dim="12"), "head_dim is '12'"),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "is not valid JSON"),

@@ -32,7 +32,8 @@ def build_draft(method: str, **options) -> DraftModel:
         options |= {"future_form": form or "row", "future_steps": 3}
     vocabulary = {"vocab_size": 96, "draft_vocab_size": 48, "num_target_layers": naive.LAYERS}
     rope = {"max_position_embeddings": 96, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
-    config = DraftConfig(method=method, target="tiny", head_dim=32, feature_layers=naive.FEATURE_LAYERS,
+    options.setdefault("head_dim", 32)
+    config = DraftConfig(method=method, target="tiny", feature_layers=naive.FEATURE_LAYERS,
                          **SIZES, **vocabulary, **rope, **options)  # fmt: skip
     draft = DraftModel(config)
     for seed, parameter in enumerate(draft.parameters()):
@@ -74,6 +75,12 @@ def test_a_draft_layer_at_once_is_the_layer(method, residual_normed, num_rows, w
         outs.append((out, alone, cache.keys, cache.values))
     assert len(calls) == (2 if 2 * num_rows <= USUAL_ROWS else 1)
     assert all(map(torch.equal, *outs))
+
+
+@pytest.mark.parametrize(("head_dim", "served"), [(16, False), (32, True), (48, False), (96, True), (288, False)])
+def test_only_heads_that_its_attention_can_read_are_served(head_dim, served):
+    draft = build_draft("eagle3", head_dim=head_dim)
+    assert (DraftForward(draft).native is not None) == served
 
 
 @pytest.fixture(scope="module")

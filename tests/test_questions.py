@@ -54,7 +54,9 @@ def test_a_task_is_spread_over_the_file(tmp_path):
         ('{"turns": ["a"]}\n{"turns"\n', r"line 2 is not JSON: Expecting ':' delimiter \(column 10\); mend"),
         ('{"turns": ["a"]}\n\udcff\n', "line 2 is not UTF-8 text; give a JSONL file in UTF-8"),
         (r'{"prompt": "\ud83d"}', "line 1 holds a lone surrogate, which is no Unicode text; mend it"),
-        ('{"id": 1, "prompt": "a"}\n{"id": "1", "prompt": "b"}\n', "two questions of id 1"),
+        ('{"prompt": "a", "category": ["x"]}\n', "line 1 is no question: its category and its id are to be texts"),
+        ('{"prompt": "a", "question_id": null}\n', "line 1 is no question: its category and its id are to be texts"),
+        ('{"id": 1, "prompt": "a"}\n{"id": "1", "prompt": "b"}\n', "lines 1 and 2 have one id, 1; give each its own"),
     ],
 )
 def test_bad_files_are_named_with_their_line(tmp_path, content, sentence):

@@ -79,7 +79,7 @@ def _length_chart(found: dict[str, Summary]) -> str:
     for name, summary in found.items():
         counts = [*summary.round_length_counts, *[0] * (longest - len(summary.round_length_counts))]
         bars.append(Bars(name, [100 * count / summary.num_rounds for count in counts]))
-    groups = ["1 token: nothing accepted", *(f"{length} tokens" for length in range(2, longest + 1))]
+    groups = ["1 token", *(f"{length} tokens" for length in range(2, longest + 1))]
     return bar_chart("lengths", "How many tokens a round adds", "% of rounds", groups, bars, digits=1)
 
 

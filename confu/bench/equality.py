@@ -105,8 +105,9 @@ def failures(results: Results, compared: dict[str, Comparison]) -> list[str]:
             first = wrong[0]
             gap = f"the {gap_name(results.run)} is {first.gap:.2g}" if first.gap is not None else "it had ended"
             sentences.append(
-                f"{name}: {len(wrong)} answers differ from the plain target's beyond rounding; the first is question "
-                f"{first.question}, turn {first.turn + 1}, from token {first.position + 1} on, where {gap}."
+                f"{name}: {len(wrong)} of {found.num_compared} answers differ from the plain target's beyond rounding; "
+                f"the first is question {first.question}, turn {first.turn + 1}, from token {first.position + 1} on, "
+                f"where {gap}."
             )
         if found.is_other_distribution:
             sentences.append(

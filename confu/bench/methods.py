@@ -86,7 +86,8 @@ def choose_drafts(given: Sequence[str], wanted: Sequence[str], target: str | Non
             raise ValueError(f"--methods names {word}, but no such draft was given, and none is shipped for {target}.")
         if not found:
             close = difflib.get_close_matches(word, names, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"give some of {', '.join(dict.fromkeys(names))}."
+            able = dict.fromkeys([*names, *(kind for kind in TRAINED if _shipped(kind, target))])
+            hint = f"did you mean {close[0]}?" if close else f"give some of {', '.join(able)}."
             raise ValueError(f"--methods names {word!r}, which is none of them; {hint}")
         chosen += [draft for draft in found if draft not in chosen]
     return chosen, target
@@ -146,9 +147,11 @@ def sweep_trees(base: TreeConfig, axes: Sequence[str], drafts: Sequence[Draft]) 
     for axis in axes:
         name, _, numbers = axis.partition("=")
         parts = numbers.split(",")
-        if name not in SWEEPABLE or name in values or not all(part.strip().isdecimal() for part in parts):
+        good = all(part.strip().isdecimal() for part in parts) and len(set(parts)) == len(parts)
+        if name not in SWEEPABLE or name in values or not good:
             raise ValueError(
-                f"--sweep {axis!r} is no axis; give each of {', '.join(SWEEPABLE)} at most once, as nodes=8,16,30."
+                f"--sweep {axis!r} is no axis; give each of {', '.join(SWEEPABLE)} at most once, with different whole "
+                "numbers, as nodes=8,16,30."
             )
         if not any(draft.kind in (("confu",) if name == "contemplate" else SWEPT) for draft in drafts):
             needed = "a confu draft" if name == "contemplate" else "a draft"

@@ -158,7 +158,7 @@ def open_peers(
                 try:
                     engine = PeerEngine(python or sys.executable, adapter, settings | {"variant": kind, "model": file})
                 except PeerMissing as error:
-                    skipped.append(f"{method} is left out: {error}.")
+                    skipped.append(f"{method} is left out: {str(error).rstrip('.')}.")
                     continue
                 running.callback(engine.close)
                 facts = {"engine": name, "kind": kind, **engine.facts}

@@ -169,8 +169,8 @@ def profile_conditions(run: dict[str, Any]) -> str:
     """On what it was measured, by what `describe` says of the run."""
     return (
         f"{counted(run['num_questions'], 'question')} of {run['suite']}, {run['target']} in {run['dtype']} on "
-        f"{run['device']}, {run['machine']['threads']} threads, batch {run['batch_size']}; prefill left out; the "
-        "clock's own time is in the parts, mostly in each rest."
+        f"{run['device']}, {counted(run['machine']['threads'], 'thread')}, batch {run['batch_size']}; prefill left "
+        "out; the clock's own time is in the parts, mostly in each rest."
     )
 
 

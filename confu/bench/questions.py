@@ -65,13 +65,15 @@ def load_suite(name: str, file: Path | None = None, limit: int | None = None) ->
     else:
         raise ValueError(f"--suite is {name!r}; give {SPEC_BENCH} or a file whose name ends in .jsonl.")
     rows = Rows((str(path),))
-    questions = [_question(row, place, tasks) for place, row in rows]
+    questions: list[Question] = []
+    places: dict[str, str] = {}
+    for place, row in rows:
+        questions.append(_question(row, place, tasks))
+        line = place.rpartition(":")[2]
+        if (known := places.setdefault(questions[-1].id, line)) != line:
+            raise ValueError(f"{path}, lines {known} and {line} have one id, {questions[-1].id}; give each its own.")
     if not questions:
         raise ValueError(f"{path} holds no question; give lines with `turns` or `prompt`.")
-    ids = [question.id for question in questions]
-    if len(set(ids)) < len(ids):
-        twice = next(name for name in ids if ids.count(name) > 1)
-        raise ValueError(f"{path} holds two questions of id {twice}; give each its own.")
     label = SPEC_BENCH if rows.fingerprint == SPEC_BENCH_SHA256 else path.name
     return Suite(label, in_turn(questions)[:limit], rows.fingerprint)
 
@@ -101,9 +103,10 @@ def _question(row: Any, place: str, tasks: dict[str, str]) -> Question:
         raise ValueError(f"{file}, line {line} holds {LONE_SURROGATE}; mend it or leave it out.")
     if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
         raise ValueError(f"{file}, line {line} is no question: it needs `turns`, a list of texts, or `prompt`, a text.")
-    category = str(row.get("category", "all"))
-    name = row.get("question_id", row.get("id", line))
-    return Question(str(name), tasks.get(category, category), tuple(turns))
+    category, name = row.get("category", "all"), row.get("question_id", row.get("id", line))
+    if not all(isinstance(value, str | int) for value in (category, name)):
+        raise ValueError(f"{file}, line {line} is no question: its category and its id are to be texts or numbers.")
+    return Question(str(name), tasks.get(str(category), str(category)), tuple(turns))
 
 
 def _fetch_spec_bench() -> Path:

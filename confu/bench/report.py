@@ -9,7 +9,7 @@ from typing import Any
 
 from confu.bench.charts import draw
 from confu.bench.equality import Difference, gap_name
-from confu.bench.results import OURS, PLAIN, cannot_write, make_folder
+from confu.bench.results import OURS, PLAIN, Results, cannot_write, make_folder
 from confu.bench.simulate import elsewhere_table, prediction_table
 from confu.bench.tables import (
     Findings,
@@ -23,6 +23,7 @@ from confu.bench.tables import (
     means_table,
     overall_table,
     ratio_lines,
+    ratio_table,
     time_table,
     verdict,
 )
@@ -48,6 +49,7 @@ def _tables(findings: Findings) -> Iterator[Table]:
     yield by_task_table(findings, "Speed-up by task (95 % interval)", "speedup")
     yield by_task_table(findings, "Tau by task (95 % interval)", "mean_acceptance_length")
     yield engines_table(findings)
+    yield ratio_table(findings)
     yield depth_table(findings)
     yield lengths_table(findings)
     yield time_table(findings)
@@ -91,22 +93,34 @@ def _verdicts(findings: Findings) -> list[str]:
     own = [found for name, found in findings.compared.items() if run["methods"][name]["engine"] == OURS]
     compared = sum(found.num_compared for found in own)
     sentences = list(findings.failures)
+    if unfinished := _unfinished(findings.results):
+        sentences.append(unfinished)
     if not findings.failures and compared:
         differ, ties = sum(len(f.differences) for f in own), sum(d.is_tie for f in own for d in f.differences)
         if run["dtype"] == "float32" or differ == 0:
             rest = f", {ties:,} of them up to a rounding tie" if ties else ", token for token"
-            rest += ", where both are drawn with the same random numbers" if run["temperature"] > 0 else ""
-            sentences.append(f"All {compared:,} answers are the plain target's{rest}.")
+            rest += ", drawn with the same random numbers" if run["temperature"] > 0 else ""
+            sentences.append(f"{compared:,} of {compared:,} answers of our methods are the plain target's{rest}.")
         else:
             sentences.append(
-                f"{differ:,} of {compared:,} answers part from the plain target's in {run['dtype']} "
+                f"{differ:,} of {compared:,} answers of our methods part from the plain target's in {run['dtype']} "
                 f"({differ / compared:.0%}), where trees and single tokens round differently."
             )
     if not findings.failures and (tested := [name for name, one in findings.compared.items() if one.is_tested]):
         other = [name for name in tested if findings.compared[name].is_other_distribution]
-        who = f"samples of {' and '.join(other)} differ" if other else "no method's samples differ"
-        sentences.append(f"By two-sample tests {who} from the plain target's.")
+        which = f"that of {' and '.join(other)}" if other else "no difference"
+        sentences.append(f"Two-sample tests find {which} from the plain target's samples.")
     return sentences + findings.errors + ratio_lines(findings)
+
+
+def _unfinished(results: Results) -> str:
+    """What an interrupted run still lacks; nothing of a whole one."""
+    asked = {name: set() for name in results.run["methods"]}
+    for row in results.rows:
+        asked[row["method"]].add((row["question"], row["repeat"]))
+    whole = results.run["num_questions"] * results.run["repeats"]
+    lacking = ", ".join(f"{name} {len(found)}" for name, found in asked.items() if len(found) < whole)
+    return f"Not finished: of {whole} questions {lacking} were asked." if lacking else ""
 
 
 def _answers(findings: Findings) -> Iterator[str]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import IO, Any
 
 from confu.bench.questions import Question
 
@@ -90,26 +91,25 @@ class ResultsWriter:
     def __init__(self, out: Path, run: dict[str, Any]) -> None:
         """Raises ValueError where ``out`` cannot be written, or was begun with something else, or who knows what."""
         self.path = out / "results.jsonl"
-        try:
+        with _writing(self.path):
             if not (out / "run.json").exists() and self.path.exists() and self.path.stat().st_size:
                 raise ValueError(f"{out} has results.jsonl, but no run.json that says of what; give another --out.")
-            self.run = _same_run(out / "run.json", run)
-            before: list[Row] = []
-            if self.path.exists():
+            with ExitStack() as stack:
+                self._file = stack.enter_context(self.path.open("a", encoding="utf-8"))
+                _lock(self._file, out)
+                self.run = _same_run(out / "run.json", run)
                 before, num_whole_bytes = _parse(self.path, self.path.read_bytes())
-                with self.path.open("r+b") as file:
-                    file.truncate(num_whole_bytes)
-            self._file = self.path.open("a", encoding="utf-8")
-            _write(out / "run.json", self.run)
-        except OSError as error:
-            raise cannot_write(self.path, error) from None
+                self._file.truncate(num_whole_bytes)
+                _write(out / "run.json", self.run)
+                stack.pop_all()  # all is well, and it stays open
         self._done = {key(row) for row in before if row["error"] is None}
 
     def __enter__(self) -> ResultsWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        with _writing(self.path):
+            self._file.close()
 
     def is_done(self, question: Question, method: str, repeat: int) -> bool:
         return all((question.id, turn, method, repeat) in self._done for turn in range(len(question.turns)))
@@ -117,11 +117,34 @@ class ResultsWriter:
     def note_costs(self, costs: dict[str, Any]) -> None:
         """What rounds cost, into run.json."""
         self.run["costs"] = costs
-        _write(self.path.parent / "run.json", self.run)
+        with _writing(self.path.parent / "run.json"):
+            _write(self.path.parent / "run.json", self.run)
 
     def write(self, row: Row) -> None:
-        self._file.write(json.dumps({"schema_version": SCHEMA_VERSION, **row}, ensure_ascii=False) + "\n")
-        self._file.flush()
+        with _writing(self.path):
+            self._file.write(json.dumps({"schema_version": SCHEMA_VERSION, **row}, ensure_ascii=False) + "\n")
+            self._file.flush()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def _lock(file: IO[str], out: Path) -> None:
+    """Two benchmarks at once would measure each other. (Where there are no such locks, nothing is refused.)"""
+    with suppress(ImportError):
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"Another benchmark is measuring into {out}; wait for it, or give another --out."
+            ) from None
 
 
 def _same_run(path: Path, run: dict[str, Any]) -> dict[str, Any]:
@@ -143,9 +166,10 @@ def _same_run(path: Path, run: dict[str, Any]) -> dict[str, Any]:
             )
     for name, facts in run["methods"].items():
         if name in begun["methods"] and begun["methods"][name] != facts:
+            changed = _difference(name, begun["methods"][name], facts)
             raise ValueError(
-                f"{path.parent} already measured another {name} "
-                f"({_difference(name, begun['methods'][name], facts)}); name this one NAME=PATH, or give another --out."
+                f"{path.parent} already measured {name} otherwise ({changed}); "
+                "give what it was measured with, name another draft NAME=PATH, or give another --out."
             )
     run = {"costs": begun.get("costs")} | run
     run["methods"] = begun["methods"] | run["methods"]
@@ -160,6 +184,8 @@ def _difference(name: str, before: Any, now: Any) -> str:
     """The first place where two settings differ."""
     if isinstance(before, dict) and isinstance(now, dict):
         inner = next(part for part in before | now if before.get(part) != now.get(part))
+        if inner == "costs":
+            return f"{name}: `confu tune` has run since, or was undone"
         return _difference(f"{name}: {inner}", before.get(inner), now.get(inner))
     return f"{name} {before!r}, not {now!r}"
 

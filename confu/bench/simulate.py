@@ -128,7 +128,8 @@ def predicted(results: Results, method: str, tau: float) -> float | None:
     if costs is None or method not in costs["rounds"] or not _is_constant(facts):
         return None
     target = forward_cost(costs["target"], rows_of(facts), _mean_prefix(results, method))
-    return tau / (target + sum(costs["rounds"][method].values()))
+    seconds = target + sum(costs["rounds"][method].values())
+    return tau / seconds if seconds > 0 else None  # few samples, and one of them disturbed
 
 
 def measured(results: Results, method: str) -> float | None:
@@ -148,7 +149,7 @@ def prediction_table(findings: Findings) -> Table:
         if expected is not None and actual is not None:
             table.append([name, number(expected, 1), number(actual, 1), f"{expected / actual - 1:+.0%}"])
     header = ["method", "predicted tokens/s", "measured", "off by"]
-    return Table("Decoding speed, predicted from measured costs", header, table)
+    return Table("Decoding speed, predicted from measured costs (of trees that keep one size)", header, table)
 
 
 def elsewhere_table(findings: Findings, hardware: Hardware = H100) -> Table:
@@ -168,7 +169,9 @@ def elsewhere_table(findings: Findings, hardware: Hardware = H100) -> Table:
             cells.append(f"{tau * base / seconds:.2f}x")
         rows.append([name, *cells])
     header = ["method", *(f"{model.name}, batch {batch}" for model, batch in points)]
-    return Table(f"COMPUTED for {hardware.name}, at the acceptance measured here", header, rows)
+    return Table(
+        f"COMPUTED for {hardware.name}, at the acceptance measured here (trees that keep one size)", header, rows
+    )
 
 
 def _mean_prefix(results: Results, method: str) -> float:

@@ -15,6 +15,9 @@ from confu.pages.page import NONE, number
 SHAPE = ("nodes", "depth", "topk", "lookup")  # the last one came later than some runs
 
 
+FEW = 3  # sentences that may stand before a table
+
+
 @dataclass(frozen=True)
 class Table:
     caption: str
@@ -217,7 +220,16 @@ def differences_table(findings: Findings, most: int = 30) -> Table:
     return Table("Answers that differ from the plain target's", header, rows)
 
 
+def ratio_table(findings: Findings) -> Table:
+    """What `ratio_lines` says, where it would be many lines."""
+    ratios = findings.tau_ratios if len(findings.tau_ratios) > FEW else {}
+    rows = [[*pair.split(" / "), f"{ratio:.3f}", span(found)] for pair, (ratio, found) in ratios.items()]
+    return Table("Tau over tau, same tree", ["tau of", "over that of", "ratio", "95 %"], rows)
+
+
 def ratio_lines(findings: Findings) -> list[str]:
+    if len(findings.tau_ratios) > FEW:
+        return []
     return [
         f"tau of {pair.replace(' / ', ' over tau of ')}, same tree: {ratio:.3f}{f' ({span(found)})' if found else ''}"
         for pair, (ratio, found) in findings.tau_ratios.items()
@@ -246,8 +258,8 @@ def conditions(results: Results) -> str:
         f"{counted(len({row['question'] for row in results.rows}), 'question')} ({counted(turns, 'turn')}) of "
         f"{run['suite']}{repeats}, "
         f"{run['target']} in {run['dtype']}{rounded}, temperature {run['temperature']:g}, at most "
-        f"{run['max_new_tokens']} new tokens, {tree}batch {run['batch_size']}, seed {run['seed']}; "
-        f"{machine['cpu']}, {machine['threads']} threads, {run['device']}, torch {machine['torch']}, "
+        f"{counted(run['max_new_tokens'], 'new token')}, {tree}batch {run['batch_size']}, seed {run['seed']}; "
+        f"{machine['cpu']}, {counted(machine['threads'], 'thread')}, {run['device']}, torch {machine['torch']}, "
         f"transformers {machine['transformers']}, {versions(run)}, {' to '.join(dates)}."
     )
 

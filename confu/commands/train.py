@@ -192,7 +192,10 @@ def bench_train(
 def report(
     *runs: Annotated[
         Path,
-        Parameter(name="RUN", help="Out folders of `confu train` (a run may be going on), or one bench results.jsonl."),
+        Parameter(
+            name="RUN",
+            help="Out folders of `confu train` (a run may be going on), or one of `confu bench` or its results.jsonl.",
+        ),
     ],
     out: Path | None = None,
     output: Output = OUTPUT,
@@ -205,13 +208,14 @@ def report(
         Folder for the page. Default: `report` in the first training run's folder, or beside results.jsonl.
     """
     if not runs:
-        raise ValueError("No run was given; name the out folder of `confu train`.")
+        raise ValueError("No run was given; name the out folder of `confu train` or `confu bench`.")
     terminal = output.terminal()
+    runs = tuple(run / "results.jsonl" if (run / "results.jsonl").is_file() else run for run in runs)
     if any(run.name.endswith((".jsonl", ".jsonl.gz")) for run in runs):
         from confu.commands.bench import show_results
 
         if len(runs) > 1:
-            raise ValueError(f"{len(runs)} runs were given; a results.jsonl is reported alone.")
+            raise ValueError(f"{len(runs)} runs were given; a benchmark's is reported alone.")
         show_results(terminal, runs[0], out or runs[0].parent)
         return
     from confu.training.report import read_runs, summary, write_report

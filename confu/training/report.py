@@ -48,7 +48,8 @@ def read_run(folder: Path, name: str = "") -> Run:
         config, reports, evaluations = None, [], []
     if not isinstance(config, dict) or not {"method", "steps"} <= config.keys():
         raise ValueError(
-            f"{folder} is not a training run (a config.json and a metrics.jsonl); give the out folder of `confu train`."
+            f"{folder} is not a training run (a config.json and a metrics.jsonl); give the out folder of "
+            "`confu train`, or one of `confu bench`."
         )
     if not reports:
         raise ValueError(f"{folder} has no report yet; the first comes after log_every steps.")
