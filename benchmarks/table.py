@@ -21,6 +21,7 @@ licences in confu/drafts/README.md, and the rows of tau-shipped.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -50,6 +51,7 @@ from confu.bench.tables import (
     versions,
     with_interval,
 )
+from confu.ngrams import LONGEST
 from confu.pages.page import NONE
 from confu.stats import Stats
 from confu.training.card import card
@@ -66,6 +68,7 @@ EVALUATIONS = re.compile(r"(<!-- evaluations:([\w-]+) -->\n).*?(<!-- /evaluation
 THROUGHPUT = re.compile(r"(<!-- throughput -->\n).*?(<!-- /throughput -->)", re.DOTALL)
 PROFILE = re.compile(r"(<!-- profile:([\w-]+) -->\n).*?(<!-- /profile -->)", re.DOTALL)
 SPEED = re.compile(r"(<!-- speed:([\w-]+) -->\n).*?(<!-- /speed -->)", re.DOTALL)
+REPEATS = re.compile(r"(<!-- repeats -->\n).*?(<!-- /repeats -->)", re.DOTALL)
 TRAINING = re.compile(r"(<!-- training-table -->\n).*?(<!-- /training-table -->)", re.DOTALL)
 
 
@@ -94,6 +97,7 @@ def filled(path: Path) -> str:
     text = EVALUATIONS.sub(lambda found: found[1] + evaluations(found[2]) + found[3], text)
     text = SPEED.sub(lambda found: found[1] + speed(RESULTS / "speed" / found[2]) + found[3], text)
     text = PROFILE.sub(lambda found: found[1] + profile(found[2]) + found[3], text)
+    text = REPEATS.sub(lambda found: found[1] + repeats() + found[2], text)
     text = THROUGHPUT.sub(lambda found: found[1] + throughput() + found[2], text)
     return TRAINING.sub(lambda found: found[1] + training() + found[2], text)
 
@@ -148,7 +152,7 @@ def bench(names: list[str], *, in_full: bool = True) -> str:
         results = read_results(RESULTS / name / "results.jsonl.gz")
         found.append(find(results, compare(results)))
     if not in_full:
-        tables = [overall_table(found[0])]
+        tables = [overall_table(found[0]), ratio_table(found[0])]
     elif len(found) == 1:
         tables = [
             overall_table(found[0]),
@@ -242,6 +246,48 @@ def evaluations(name: str) -> str:
         kl, accuracy = (", ".join(f"{x:.3f}" for x in row[key]) for key in ("kl", "accuracy"))
         lines.append(f"| {row['variant']} | {row['trained']} | {kl} | {accuracy} |")
     return "\n".join(lines) + "\n"
+
+
+MATCHES = (2, 3, 4, 6, 9, 13, 19, 33, LONGEST)  # the first of each row
+
+
+def repeats() -> str:
+    """What `repeats.py` counted, beside the rule of `costs.py` with the c that fits each kind of answers best."""
+    found = json.loads((RESULTS / "repeats.json").read_text(encoding="utf-8"))
+    kinds = {"greedy": True, "sampled": False}
+    counts = {name: next(row for row in found["rows"] if row["greedy"] == kind) for name, kind in kinds.items()}
+    fitted = {name: fitted_breaks(row) for name, row in counts.items()}
+    rows = []
+    for first, after in itertools.pairwise((*MATCHES, LONGEST + 1)):
+        cells = [str(first) if after == first + 1 else f"{first} to {after - 1}"]
+        for name, row in counts.items():
+            lengths = [n for n in range(first, after) if str(n) in row["places"]]
+            places = sum(row["places"][str(n)] for n in lengths)
+            went_on = sum(row["went_on"].get(str(n), 0) for n in lengths)
+            rule = sum(row["places"][str(n)] * n / (n + fitted[name]) for n in lengths)
+            cells += [f"{places:,}", f"{over(went_on, places):.3f}", f"{over(rule, places):.3f}"]
+        rows.append(cells)
+    header = ["tokens that match"]
+    for name in kinds:
+        header += [f"{name}: places", "went on", f"m / (m + {fitted[name]:.2f})"]
+    said = ", ".join(f"{row['num_answers']:,} {name}" for name, row in counts.items())
+    run = found["run"]
+    return (
+        f"{Table('', header, rows).markdown()}\n\n{said} answers of {run['target']}; matches of {run['ngram']} tokens "
+        f"and more, {LONGEST} and more counted together; commit {run['commit'][:10]}, {run['date']}.\n"
+    )
+
+
+def fitted_breaks(row: dict[str, Any]) -> float:
+    """The c with which m / (m + c) expects as many breaks as were counted, of matches shorter than `LONGEST`."""
+    places = {int(n): count for n, count in row["places"].items() if int(n) < LONGEST}
+    broke = sum(places.values()) - sum(count for n, count in row["went_on"].items() if int(n) < LONGEST)
+    low, high = 0.0, 100.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        expected = sum(count * middle / (n + middle) for n, count in places.items())
+        low, high = (middle, high) if expected < broke else (low, middle)
+    return low
 
 
 def training() -> str:

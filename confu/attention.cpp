@@ -25,10 +25,12 @@ struct AttentionRoom {
     std::vector<float> partial;  // results of pieces
     // Of each sequence, up to which key every row sees each from the soft prompts on; num_keys, where no row has gaps.
     std::vector<int64_t> common;
-    std::vector<int64_t> path, ends;  // the keys that each row sees behind those, and where in `path` they end
+    std::vector<int64_t> seen;        // of each sequence, behind the last key that any row sees: a longer one may be beside it
+    std::vector<int64_t> path, ends;  // the keys that each row sees behind the common ones, and where in `path` they end
 
     void find_paths(const uint8_t* mask, int64_t batch, int64_t rows, int64_t num_keys, int64_t lead) {
         common.assign(batch, num_keys);
+        seen.assign(batch, 0);
         path.clear();
         ends.assign(batch * rows, 0);
         for (int64_t b = 0; b < batch; b++, mask += rows * num_keys) {
@@ -36,6 +38,8 @@ struct AttentionRoom {
             bool gaps = false;
             for (int64_t row = 0; row < rows; row++) {
                 const uint8_t *sees = mask + row * num_keys, *end = sees + num_keys;
+                if (const auto* last = static_cast<const uint8_t*>(memrchr(sees, 1, num_keys)))
+                    seen[b] = std::max<int64_t>(seen[b], last - sees + 1);
                 const auto* gap = static_cast<const uint8_t*>(std::memchr(sees + lead, 0, num_keys - lead));
                 if (gap == nullptr) continue;
                 gaps |= std::memchr(gap, 1, end - gap) != nullptr;
@@ -43,7 +47,7 @@ struct AttentionRoom {
             }
             if (gaps) common[b] = least;
             for (int64_t row = 0; row < rows; row++) {
-                for (int64_t key = common[b]; key < num_keys; key++)
+                for (int64_t key = common[b]; key < seen[b]; key++)
                     if (mask[row * num_keys + key]) path.push_back(key);
                 ends[b * rows + row] = path.size();
             }
@@ -263,6 +267,10 @@ bool any_seen(const Call& c, const uint8_t* mask, int64_t row, int64_t left, int
 void attend_piece(const Call& c, int64_t sequence, int64_t group, int64_t piece, Scratch& s, float* partial, float* stats) {
     const int64_t first = c.first_of(piece), count = c.end_of(piece) - first;
     const auto weigh_row = WEIGH[(count - 1) / PAIRS];
+    if (first >= c.room.seen[sequence]) {
+        for (int64_t row = 0; row < c.folded(); row++) stats[2 * row] = NOWHERE;
+        return;
+    }
     pack_keys(c.keys_of(sequence, group) + first * c.width, c.width, count, s.keys);
     pack_values(c.values_of(sequence, group) + first * c.width, c.width, count, s.values);
     const uint16_t* queries = c.queries_of(sequence, group);
@@ -286,11 +294,11 @@ void attend_piece(const Call& c, int64_t sequence, int64_t group, int64_t piece,
 // keys stood behind the common ones.
 void attend_paths(const Call& c, int64_t sequence, int64_t group, Scratch& s, float* partial, float* stats) {
     const int64_t common = c.room.common[sequence], piece = c.piece_of(common), first = c.first_of(piece), count = common - first;
-    const int64_t padded = c.padded(), stride = (c.num_keys - first + PIECE - 1) / PIECE * PIECE;
+    const int64_t padded = c.padded(), end = c.room.seen[sequence], stride = (end - first + PIECE - 1) / PIECE * PIECE;
     const uint16_t *keys = c.keys_of(sequence, group), *values = c.values_of(sequence, group), *queries = c.queries_of(sequence, group);
     s.all_scores.resize(padded * stride);
-    for (int64_t key = first; key < c.num_keys; key += PIECE) {
-        const int64_t some = std::min(PIECE, c.num_keys - key);
+    for (int64_t key = first; key < end; key += PIECE) {
+        const int64_t some = std::min(PIECE, end - key);
         pack_keys(keys + key * c.width, c.width, some, s.keys);
         for (int64_t row = 0; row < c.folded(); row += TILE)
             score(c.tile_of(queries, row, s), c.width, some, s, s.all_scores.data() + row * stride + key - first, stride);

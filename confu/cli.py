@@ -1,7 +1,7 @@
 """The `confu` command: runs one command, turns errors into one sentence and an exit status.
 
 Options are the fields of the config dataclasses, and their documentation is the help. Nothing heavy is imported before
-a command runs. Exit status: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted.
+a command runs. Exit status: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from confu.commands import bench, data, decode, formats, inspect, train, tune  #
 from confu.commands.app import INTERRUPTED, app, complain
 from confu.models import ModelUnavailable
 
+TERMINATED = 128 + signal.SIGTERM
+
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # what was begun (peers, files) is ended, too
     sys.exit(run(sys.argv[1:]))
 
 
@@ -28,7 +31,6 @@ def run(argv: list[str]) -> int:
     """One command; returns the exit status. Errors become one sentence on stderr."""
     debug = "--debug" in argv
     _settle_libraries(debug)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was begun (peers, files) ends as by Ctrl-C
     try:
         status = app(argv, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()

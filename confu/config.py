@@ -37,8 +37,8 @@ class TreeConfig:
     contemplate: int | None = None
     """Most probable nodes that carry a contemplate row (C); unset means every node, 0 switches the future off."""
     lookup: int | None = None
-    """Where the last so many tokens stood before, what followed them is drafted, one chain instead of a tree, and the
-    draft rests (prompt lookup); unset means never."""
+    """Where the last so many tokens stood before, what followed them is drafted (prompt lookup), one chain as long as
+    ``nodes`` allows instead of a tree, and the draft rests; unset or 0 means never."""
 
     def __post_init__(self) -> None:
         for name in ("nodes", "depth", "topk"):
@@ -46,7 +46,7 @@ class TreeConfig:
         if self.contemplate is not None:
             _at_least(self, "contemplate", 0)
         if self.lookup is not None:
-            _at_least(self, "lookup", 1)
+            _at_least(self, "lookup", 0)
 
     def num_con(self, nodes: int) -> int:
         """Contemplate rows of a tree with so many nodes."""
@@ -66,12 +66,17 @@ class TreeOptions:
     contemplate: int | None = None
     """Most probable nodes that carry a contemplate row; every node otherwise, 0 switches the future off."""
     lookup: int | None = None
-    """Draft what followed the last so many tokens where they stood before, without the draft's network; never
-    otherwise."""
+    """Draft what followed the last so many tokens where they stood before, without the draft's network; 0 never does,
+    nor do trees that `confu tune` has not sized."""
 
     @property
     def given(self) -> bool:
         return self != TreeOptions()
+
+    @property
+    def shaped(self) -> bool:
+        """Whether a tree is given that what `confu tune` found must not replace; lookup goes with both."""
+        return self != TreeOptions(lookup=self.lookup)
 
     def config(self) -> TreeConfig:
         """The tree, by `TreeConfig` where nothing is said. Raises ValueError as it does."""

@@ -26,6 +26,7 @@ GRAIN = 4  # rows of a verification come in multiples of it: each number costs m
 PRIOR = 4.0  # tokens for which the draft's probabilities are believed before acceptance corrects them
 TRIAL = 8  # drafts, of all sequences together, before it is judged whether they pay
 BREAKS = 1.5  # a repetition that matched m tokens so far breaks with probability BREAKS / (m + BREAKS)
+NEGLIGIBLE = 1e-3  # tokens of all sequences together, of which no node is worth a row
 SEEN = 2.0  # breaks for which that is believed before what happens corrects it
 GAIN = 0.9  # of the target's own time for a token, what one with a draft may take at most to be believed to pay
 RESTS = (16, 64)  # rounds without a draft where none pays: so many at first, twice as many each time, at most so many
@@ -68,7 +69,8 @@ class Budget:
     """Decides, round by round, how deep a tree grows and how many of its nodes are verified, and where for a while no
     tree is grown at all.
 
-    It remembers two numbers: how many of the expected tokens came true, and the milliseconds a token takes.
+    It remembers how many of the expected tokens came true, the milliseconds a token takes, and how often repetitions
+    broke.
     """
 
     def __init__(self, costs: Costs, tree: TreeConfig, batch_size: int, *, contemplates: bool) -> None:
@@ -110,8 +112,8 @@ class Budget:
         return self._came / self._expected
 
     def rests(self) -> bool:
-        """Whether the next round goes without a draft. Asked once a round: where those with one gain too little over
-        the target alone, none comes for a while, then a few are tried again."""
+        """Whether the next round goes without a draft. Asked once in every round that no repetition drafts for: where
+        drafts gain too little over the target alone, none comes for a while, then a few are tried again."""
         if self._left == 0 and self._tried >= TRIAL:
             if self._pace > GAIN * self._plain:
                 self._tried, self._pace = 0, GAIN * self._plain
@@ -162,13 +164,14 @@ class Budget:
         if not any(chances) or not self._verify_chain:
             return []
         for place in range(self.tree.nodes - 1):
-            chances = [c * _goes_on(r.matched + place, breaks) for c, r in zip(chances, repeats, strict=True)]
-            total += sum(chances)
+            if sum(chances) > NEGLIGIBLE:
+                chances = [c * _goes_on(r.matched + place, breaks) for c, r in zip(chances, repeats, strict=True)]
+                total += sum(chances)
             promised.append(total)
         pace, nodes = min((ms / (self.batch_size + promised[n - 1]), n) for n, ms in self._verify_chain)
-        if pace >= (self._pace if self._left == 0 else self._plain):
+        if pace >= (min(self._pace, self._plain) if self._left == 0 else self._plain):
             return []
-        return [repeat.first(nodes - 1) for repeat in repeats]
+        return [repeat._replace(tokens=repeat.tokens[: nodes - 1]) for repeat in repeats]
 
     def note_chains(self, chains: Sequence[Repeat], accepted: Sequence[int]) -> None:
         """So many tokens of each chain were accepted."""

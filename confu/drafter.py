@@ -33,6 +33,8 @@ from confu.target import Target
 from confu.tree import Candidates, Frontier, Tree, chains, root_only, take
 from confu.turns import Turn
 
+UNREAD = 1024  # rows at most that a drafter at rest leaves for later: their features take memory
+
 
 @dataclass(frozen=True)
 class Accepted:
@@ -127,14 +129,16 @@ class Drafting:
         self.drafter, self.state, self.tree, self.budget = drafter, state, tree, budget
         self.rests = False
         self._unread: list[Accepted] = []
-        sizes = () if tree.lookup is None else (tree.lookup,)
-        self._ngrams = [NGrams(text, sizes) for text in texts]
+        self._looks = bool(tree.lookup) and drafter.name != "lookup"  # which does nothing else anyway
+        self._ngrams = [NGrams(text, (tree.lookup or 0,)) for text in texts]
         self._chains: list[Repeat] = []  # of this round
 
     def commit(self, accepted: Accepted) -> None:
         drafted = [count - 1 for count in accepted.counts]  # and accepted
         if self.rests:
             self._unread.append(accepted)
+            if sum(unread.tokens.shape[1] for unread in self._unread) >= UNREAD:
+                self.read()
         else:
             self.drafter.commit(self.state, accepted)
         if self.budget is None:
@@ -173,7 +177,7 @@ class Drafting:
     def _repeats(self, ids: list[int]) -> list[Repeat]:
         """What each text would go on with if it did as before; none if a tree promises more, or, without a budget that
         could tell, if not all would."""
-        if self.tree.lookup is None:
+        if not self._looks:
             return []
         found = [ngrams.following(root, self.tree.nodes - 1) for ngrams, root in zip(self._ngrams, ids, strict=True)]
         if self.budget is not None:

@@ -149,6 +149,7 @@ class Decoder:
         Raises ValueError for an empty prompt or one that fills the context, and for stop strings without a tokenizer.
         """
         began = time.perf_counter()
+        goes_on = session is not None  # with another call
         sampling, stats, session = sampling or SamplingConfig(), stats or Stats(), session or Session()
         self._check(prompts, sampling)
         running = _Running(self, prompts, sampling, stats, sampler)
@@ -198,8 +199,8 @@ class Decoder:
             # 5. drop finished sequences, grow the next trees
             alive = running.drop_finished()
             if not alive:
-                if drafting is not None:
-                    drafting.read()  # for the session's next call
+                if drafting is not None and goes_on:
+                    drafting.read()
                 return
             bonus = step.bonus
             if len(alive) < len(step.counts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -148,12 +149,15 @@ def join(
 
 
 def use_tuning(decoder: Decoder, draft: str | None) -> bool:
-    """Let trees be as `confu tune` found for this draft on this machine; False where it did not."""
+    """Let trees be as `confu tune` found for this draft on this machine, but for a lookup that the decoder's own tree
+    already says; False where it did not."""
     from confu.tune import read
 
     found = read(draft_path(draft), decoder) if draft is not None and not is_untrained(draft) else None
     if found is not None:
-        decoder.tree, decoder.costs = found
+        lookup, (decoder.tree, decoder.costs) = decoder.tree.lookup, found
+        if lookup is not None:
+            decoder.tree = dataclasses.replace(decoder.tree, lookup=lookup)
         _record(decoder)
     return found is not None
 

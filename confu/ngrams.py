@@ -16,9 +16,6 @@ class Repeat(NamedTuple):
     matched: int
     """Tokens, the last one's included, that stood before those and stand here; 0 where nothing repeats."""
 
-    def first(self, count: int) -> Repeat:
-        return Repeat(self.tokens[:count], self.matched)
-
 
 class NGrams:
     """Where each n-gram of a growing text ended last, of all lengths in ``sizes`` (ascending)."""
@@ -36,7 +33,7 @@ class NGrams:
         for size in reversed(self.sizes):
             end = self._ends.get((*text[length - size + 1 :], root)) if size <= length + 1 else None
             if end is not None:
-                period = [*text[end:], root]
+                period = [*text[end : end + most], root]
                 tokens = [period[place % len(period)] for place in range(most)]
                 matched = size
                 while matched < min(LONGEST, end) and text[end - matched - 1] == text[length - matched]:

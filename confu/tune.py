@@ -278,12 +278,12 @@ def write(folder: Path, decoder: Decoder, tuning: Tuning) -> Path:
         "confu": __version__,
         "torch": torch.__version__,
         "commit": checkout()[0],
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(),
     }
     for path in _places(folder):
-        machines = _machines(path) | {machine_key(decoder): entry}
-        document = {"schema_version": SCHEMA_VERSION, "machines": machines}
         with suppress(OSError):
+            machines = _machines(path) | {machine_key(decoder): entry}
+            document = {"schema_version": SCHEMA_VERSION, "machines": machines}
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".tmp")  # other machines' entries outlive an interrupt
             partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
@@ -293,18 +293,28 @@ def write(folder: Path, decoder: Decoder, tuning: Tuning) -> Path:
 
 
 def read(folder: Path, decoder: Decoder) -> tuple[TreeConfig, Costs] | None:
-    """Limits and costs found for this draft on this machine; None where it was not tuned."""
+    """Limits and costs found last for this draft on this machine; None where it was not tuned."""
+    found: list[tuple[str, TreeConfig, Costs]] = []
+    unused: list[tuple[str, Any]] = []  # reasons
     for path in _places(folder):
-        entry = _machines(path).get(machine_key(decoder))
-        if entry is None:
-            continue
         try:
+            entry = _machines(path).get(machine_key(decoder))
+            if entry is None:
+                continue
             if entry["draft"] == _digest(folder):
                 tree = from_dict(TreeConfig, entry["tree"], source=str(path))
-                return tree, from_dict(Costs, entry["costs"], source=str(path))
-            logger.warning("%s is of other weights of this draft and is not used; run `confu tune` again", path)
+                found.append((str(entry["date"]), tree, from_dict(Costs, entry["costs"], source=str(path))))
+            else:
+                unused.append(("%s is of other weights of this draft and is not used; run `confu tune` again", path))
+        except OSError as error:
+            unused.append((f"%s cannot be read ({error.strerror}) and is not used", path))
         except (ValueError, KeyError, TypeError, AttributeError):
             logger.warning(DAMAGED, path)
+    if found:
+        _, tree, costs = max(found, key=lambda one: one[0])
+        return tree, costs
+    for reason, path in unused:
+        logger.warning(reason, path)
     return None
 
 
@@ -325,12 +335,13 @@ def _places(folder: Path) -> list[Path]:
 
 
 def _machines(path: Path) -> dict[str, Any]:
+    """What the file holds; nothing of one that is not there or damaged. Raises OSError where it cannot be read."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["schema_version"] == SCHEMA_VERSION:
             return {**document["machines"]}
         logger.warning("%s is of another version and is not read; run `confu tune` again", path)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     except (ValueError, KeyError, TypeError):
         logger.warning(DAMAGED, path)

@@ -114,6 +114,15 @@ def test_a_row_does_not_see_what_stands_behind_it(tiles, count):
     assert torch.equal(alone, behind)
 
 
+def test_a_sequence_does_not_notice_a_longer_one_beside_it(tiles):
+    queries, keys, values, mask = drawn(2, 6, 2, 12, 900, 64)
+    mask[0, :, 150:] = False
+    mask[0, :, :100] = True
+    _, together = attend(queries, keys, values, mask)
+    one = queries[:1], keys[:1, :, :150], values[:1, :, :150], mask[:1, :, :150]
+    assert torch.equal(attend(*one)[1][0], together[0])
+
+
 @pytest.mark.parametrize("shared", [0, 1, 31, 32, 95, 100, 127, 128, 250])
 @pytest.mark.parametrize(("num_soft", "width"), [(0, 64), (5, 32), (0, 256)])
 def test_a_row_does_not_see_gaps_between_its_keys(tiles, shared, num_soft, width):

@@ -121,13 +121,26 @@ def test_good_runs_say_so(tmp_path):
         assert sentence in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
+def test_samples_of_another_distribution_are_named(tmp_path):
+    rows = []
+    for repeat in range(40):
+        rows.append(row("plain", "a1", 2.0, [1], repeat=repeat, token_ids=[1, 2]))
+        rows.append(row("peer", "a1", 2.0, [], repeat=repeat, token_ids=[3, 2]))
+    run = results(rows, temperature=1.0)
+    write_report(find(run, compare(run)), tmp_path)
+    said = "Two-sample tests find that samples of peer differ from the plain target's samples."
+    assert said in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
 def test_a_run_that_is_not_finished_says_so(tmp_path):
     rows = [row("plain", name, 2.0, [1, 1], top2_gaps=[1.0] * 3) for name in ("a1", "a2")]
     run = results([*rows, row("eagle3", "a1", 1.0, [2])])
     for name in ("confu", "peer"):
         del run.run["methods"][name]
     write_report(find(run, compare(run)), tmp_path)
-    assert "Not finished: of 2 questions eagle3 1 were asked." in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "Not finished: questions asked, of 2 (repeats counted): eagle3 1." in (tmp_path / "report.md").read_text(
+        encoding="utf-8"
+    )
     run.rows.append(row("eagle3", "a2", 1.0, [2]))
     write_report(find(run, compare(run)), tmp_path)
     assert "Not finished" not in (tmp_path / "report.md").read_text(encoding="utf-8")

@@ -7,7 +7,9 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -587,6 +589,8 @@ def test_what_tune_found_is_used(confu_run, home, monkeypatch):
             "adaptive": False,
         }
         assert fixed["token_ids"] == tuned["token_ids"]
+        without = json.loads(confu_run(*answer, "--lookup", "0")[1])
+        assert without["tree"] == tuned["tree"] | {"lookup": 0}
         assert json.loads(confu_run(*ANSWER, "--json", "--dtype", "bfloat16")[1])["tree"]["adaptive"] is False
         status, out, err = confu_run("tune", "confu", "--max-new-tokens", "8", "--dtype", "float32")
         assert status == 0
@@ -599,3 +603,19 @@ def test_what_tune_found_is_used(confu_run, home, monkeypatch):
         assert (status, "Only a trained draft has trees to tune" in err) == (2, True)
     status, _, err = confu_run("tune", "confu", "--max-new-tokens", "4")
     assert (status, "give 8 or more" in err) == (2, True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux which signals are caught")
+def test_a_terminated_command_says_so_by_its_status():
+    """By way of an exception, so that whatever it began is ended."""
+    command = [sys.executable, "-m", "confu", "generate", "eagle3", "--prompt", "-"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        status = Path(f"/proc/{process.pid}/status")
+        for _ in range(200):
+            caught = int(status.read_text().partition("SigCgt:")[2].split()[0], 16)
+            if caught >> (signal.SIGTERM - 1) & 1:
+                break
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(20) == 143
+        assert process.stderr.read() == b""

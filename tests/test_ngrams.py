@@ -11,7 +11,7 @@ from test_drafter import Recorder, check_draft_cache
 
 from confu.config import SamplingConfig, TreeConfig
 from confu.costs import BREAKS, GRAIN, Budget, Costs, between
-from confu.drafter import Accepted, joined
+from confu.drafter import Accepted, Drafting, joined
 from confu.generate import Decoder, Session
 from confu.ngrams import LONGEST, NGrams, Repeat
 from confu.stats import Stats
@@ -53,9 +53,11 @@ def test_what_followed_is_what_a_naive_search_finds(text, sizes, most, steps):
     matched=st.lists(st.integers(0, 12), min_size=1, max_size=3),
     verify=st.lists(st.floats(0.1, 9), min_size=6, max_size=6),
     history=st.lists(st.tuples(st.integers(2, 9), st.integers(0, 5)), max_size=3),
+    trees=st.sampled_from([0.5, 1.0, 2.0]),
+    left=st.sampled_from([0, 3]),
 )
-def test_chains_are_as_long_as_pays(matched, verify, history):
-    """Against every length, one by one; and none where trees do better."""
+def test_chains_are_as_long_as_pays(matched, verify, history, trees, left):
+    """Against every length, one by one; and none where trees do better, or the target alone, which a rest leaves."""
     batch, nodes = len(matched), 9
     costs = Costs(tuple((5 * i + 1, sum(verify[: i + 1])) for i in range(6)), ((1, 1.0),), ((1, 2.0),))
     budget = Budget(costs, TreeConfig(nodes=nodes, contemplate=None), batch, contemplates=True)
@@ -73,8 +75,10 @@ def test_chains_are_as_long_as_pays(matched, verify, history):
 
     offered = [n for n in range(2, nodes + 1) if n == nodes or batch * n % GRAIN == 0]
     best = min(map(pace, offered))
+    budget._pace *= trees  # what a token takes by trees, to begin with nine tenths of what it takes without a draft
+    budget._left = left
     found = budget.chains(repeats)
-    if best >= budget._pace or not any(matched):
+    if best >= (budget._plain if left else min(budget._pace, budget._plain)) or not any(matched):
         assert found == []
     else:
         count = max(len(repeat.tokens) for repeat in found) + 1
@@ -116,6 +120,46 @@ def test_text_is_that_of_generate(model8, target8, drafters8, method, costs):
         [alone] = decoder.generate([prompt], SamplingConfig(max_new_tokens=200), stats=stats)
         assert alone.token_ids == text
         assert max(stats.round_lengths[0]) > 5  # deeper than trees: chains were accepted
+
+
+def test_trees_chains_and_rests_take_turns(model8, target8, drafters8):
+    """In one batch, of which sequences end; what the draft read last is what was said."""
+    verify = tuple((rows, 10 * rows**0.75) for rows in (1, 2, 4, 8, 16, 32, 64))  # long matches pay
+    dear = Costs(verify, ((1, 50.0),), ((1, 50.0),))  # trees never do
+    kinds = []
+    true = Drafting.grow
+
+    def grow(drafting, roots, ids):
+        tree = true(drafting, roots, ids)
+        kinds.append("chains" if drafting._chains else "rest" if drafting.rests else "tree")
+        return tree
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Drafting, "grow", grow)
+        tree = TreeConfig(nodes=12, depth=4, topk=3, lookup=2)
+        decoder = Decoder(target8, drafters8["eagle3"], tree=tree, costs=dear)
+        answers = decoder.generate(PROMPTS, SamplingConfig(max_new_tokens=200))
+    assert set(kinds) == {"chains", "rest", "tree"}
+    assert ("rest", "chains", "rest") in zip(kinds, kinds[1:], kinds[2:], strict=False)
+    assert [answer.token_ids for answer in answers] == [naive.greedy(model8, prompt, 200) for prompt in PROMPTS]
+
+
+def test_nothing_is_looked_up_where_it_could_not_be_drafted(model8, target8, drafters8):
+    decoder = Decoder(target8, drafters8["eagle3"], tree=TreeConfig(nodes=1, lookup=2))
+    stats = Stats()
+    [answer] = decoder.generate(PROMPTS[:1], SamplingConfig(max_new_tokens=20), stats=stats)
+    assert answer.token_ids == naive.greedy(model8, PROMPTS[0], 20)
+    assert stats.num_draft_tokens == 0
+
+
+def test_what_is_left_unread_is_bounded(model8, target8, drafters8, monkeypatch):
+    monkeypatch.setattr("confu.drafter.UNREAD", 9)
+    stretches, true = [], Drafting.read
+    monkeypatch.setattr(Drafting, "read", lambda d: stretches.append(len(d._unread)) or true(d))
+    decoder = Decoder(target8, drafters8["eagle3"], tree=TreeConfig(nodes=6, depth=2, topk=2, lookup=1))
+    [answer] = decoder.generate([PROMPTS[2]], SamplingConfig(max_new_tokens=80))
+    assert answer.token_ids == naive.greedy(model8, PROMPTS[2], 80)
+    assert len(stretches) > 3
 
 
 @pytest.mark.parametrize("method", ["eagle3", "confu-head"])

@@ -269,3 +269,10 @@ def test_speed_shows_the_parts_that_there_are(table, tmp_path):
     text = (tmp_path / "docs" / "speed.md").read_text()
     assert text.count("\n| --- |") == 1
     assert "| d | 80.0 | 20.0 | 150.0 | 1.50 |" in text
+
+
+def test_breaks_are_fitted_as_they_were_made(table):
+    """Counts of a text whose matches of m tokens go on in m of m + 2 places."""
+    places = {str(m): 1000 * (m + 2) for m in range(2, 64)} | {"64": 5}
+    went_on = {str(m): 1000 * m for m in range(2, 64)}
+    assert table.fitted_breaks({"places": places, "went_on": went_on}) == pytest.approx(2.0, abs=1e-4)

@@ -1,5 +1,6 @@
 """The cost model, trees sized by it, and what `confu tune` finds, keeps and hands to the other commands."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -263,6 +264,33 @@ def test_where_the_draft_cannot_be_written_to_the_cache_keeps_it(tuning, tmp_pat
     assert tune.read(nowhere / "draft", decoder) == (found.tree, found.costs)
 
 
+def test_the_last_tuning_counts_wherever_it_is_kept(tuning, tmp_path):
+    """A folder that could be written to once, and no longer can."""
+    decoder, found = tuning
+    folder = tmp_path / "draft"
+    folder.mkdir()
+    assert tune.write(folder, decoder, found) == folder / "tuned.json"
+    (folder / "tuned.tmp").mkdir()
+    later = dataclasses.replace(found, tree=TreeConfig(nodes=22))
+    assert tune.write(folder, decoder, later).is_relative_to(tmp_path / "cache")
+    assert tune.read(folder, decoder) == (later.tree, later.costs)
+    (folder / "tuned.tmp").rmdir()
+    assert tune.write(folder, decoder, found) == folder / "tuned.json"
+    assert tune.read(folder, decoder) == (found.tree, found.costs)
+
+
+def test_a_file_that_cannot_be_read_is_named_and_kept(tuning, tmp_path, caplog):
+    decoder, found = tuning
+    (tmp_path / "tuned.json").mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert tune.read(tmp_path, decoder) is None
+    assert "tuned.json cannot be read (Is a directory) and is not used" in caplog.text
+    caplog.clear()
+    assert tune.write(tmp_path, decoder, found).is_relative_to(tmp_path / "cache")
+    assert tune.read(tmp_path, decoder) == (found.tree, found.costs)
+    assert caplog.text == ""
+
+
 def test_a_shipped_draft_is_tuned_for_all_installations(tuning, tmp_path, monkeypatch):
     decoder, found = tuning
     for installation in ("first", "second"):
@@ -277,6 +305,9 @@ def test_options_of_the_tree():
     assert not TreeOptions().given
     assert TreeOptions().config() == TreeConfig()
     assert TreeOptions(nodes=30).given  # the default, but asked for
+    assert TreeOptions(nodes=30).shaped
+    assert TreeOptions(lookup=0).given
+    assert not TreeOptions(lookup=0).shaped  # trees may still be those of `confu tune`
     assert TreeOptions(contemplate=0, depth=2).config() == TreeConfig(depth=2, contemplate=0)
     with pytest.raises(ValueError, match="depth is 0"):
         TreeOptions(depth=0).config()

@@ -124,6 +124,8 @@ def load_methods(
             continue
         contemplates = decoder.drafter is not None and decoder.drafter.contemplation is not None
         trees = sweep if sweep and draft.kind in SWEPT else [tree]
+        if draft.kind == LOOKUP:
+            trees = [dataclasses.replace(one, lookup=None) for one in trees]
         if not contemplates:
             trees = list(dict.fromkeys(dataclasses.replace(one, contemplate=None) for one in trees))
         for one in trees:
@@ -147,7 +149,7 @@ def sweep_trees(base: TreeConfig, axes: Sequence[str], drafts: Sequence[Draft]) 
     for axis in axes:
         name, _, numbers = axis.partition("=")
         parts = numbers.split(",")
-        good = all(part.strip().isdecimal() for part in parts) and len(set(parts)) == len(parts)
+        good = all(part.strip().isdecimal() for part in parts) and len({int(part) for part in parts}) == len(parts)
         if name not in SWEEPABLE or name in values or not good:
             raise ValueError(
                 f"--sweep {axis!r} is no axis; give each of {', '.join(SWEEPABLE)} at most once, with different whole "

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
-from confu import generate, linear
+from confu import drafter, generate, linear
 from confu.attention import Attention
 from confu.bench.answers import DecoderEngine
 from confu.bench.methods import Method
@@ -32,6 +32,7 @@ from confu.cache import KVCache
 from confu.config import BenchConfig, SamplingConfig
 from confu.costs import Budget
 from confu.draft_native import NativeDraft
+from confu.drafter import Drafting
 from confu.generate import Decoder
 from confu.host import wait
 from confu.layers import Layers
@@ -46,11 +47,12 @@ TRACED = 5  # rounds
 
 LAYERS, PRODUCTS, ATTENTION, ROWS = "layers at once", "products", "attention", "rows"
 WRITES, LOGITS, SIZE = "keys and values", "logits", "size"
-TARGET, DRAW, KEEP, COMMIT, GROW, HOST = (
+TARGET, DRAW, KEEP, COMMIT, LOOK, GROW, HOST = (
     "target",
     "draw and walk",
     "cache keep",
     "draft commit",
+    "draft lookup",
     "draft grow",
     "bookkeeping",
 )
@@ -58,7 +60,7 @@ REST, LOOP = "rest", "loop"
 INSIDE = {TARGET: (LAYERS, PRODUCTS, ATTENTION, ROWS, WRITES, LOGITS, REST), GROW: (LAYERS, PRODUCTS, SIZE, REST)}
 PARTS = [
     f"{step}: {part}" if part else step
-    for step in (TARGET, DRAW, KEEP, COMMIT, GROW, HOST, LOOP)
+    for step in (TARGET, DRAW, KEEP, COMMIT, LOOK, GROW, HOST, LOOP)
     for part in INSIDE.get(step, ("",))
 ]
 """In the order of a round. What a step does beside its named parts is its rest; what lies between the steps, the
@@ -230,7 +232,7 @@ def wrapped(decoder: Decoder, wrap: Wrap) -> Iterator[None]:
     ]
     if decoder.drafter is not None:
         named += [(COMMIT, type(decoder.drafter), ("commit",)), (GROW, type(decoder.drafter), ("grow",))]
-        named.append((SIZE, Budget, ("deeper", "nodes")))
+        named += [(SIZE, Budget, ("deeper", "nodes")), (LOOK, Drafting, ("_repeats",)), (LOOK, drafter, ("chains",))]
     places += [(owner, name, wrap(part, getattr(owner, name))) for part, owner, names in named for name in names]
     before = [(owner, name, vars(owner).get(name)) for owner, name, _ in places]
     try:

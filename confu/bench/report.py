@@ -108,7 +108,7 @@ def _verdicts(findings: Findings) -> list[str]:
             )
     if not findings.failures and (tested := [name for name, one in findings.compared.items() if one.is_tested]):
         other = [name for name in tested if findings.compared[name].is_other_distribution]
-        which = f"that of {' and '.join(other)}" if other else "no difference"
+        which = f"that samples of {' and '.join(other)} differ" if other else "no difference"
         sentences.append(f"Two-sample tests find {which} from the plain target's samples.")
     return sentences + findings.errors + ratio_lines(findings)
 
@@ -120,7 +120,7 @@ def _unfinished(results: Results) -> str:
         asked[row["method"]].add((row["question"], row["repeat"]))
     whole = results.run["num_questions"] * results.run["repeats"]
     lacking = ", ".join(f"{name} {len(found)}" for name, found in asked.items() if len(found) < whole)
-    return f"Not finished: of {whole} questions {lacking} were asked." if lacking else ""
+    return f"Not finished: questions asked, of {whole} (repeats counted): {lacking}." if lacking else ""
 
 
 def _answers(findings: Findings) -> Iterator[str]:
@@ -152,7 +152,8 @@ def _parted(findings: Findings) -> Iterator[str]:
     """The first answers that part from the plain target's, those beyond a tie before the others."""
     found = sorted(findings.differences, key=lambda difference: difference.is_tie)[:SHOWN_DIFFERENCES]
     if found:
-        yield "<h2>Where answers part from the plain target's</h2>"
+        shown = f" ({len(found)} of {len(findings.differences)})" if len(found) < len(findings.differences) else ""
+        yield f"<h2>Where answers part from the plain target's{shown}</h2>"
     for difference in found:
         run = findings.results.run
         gap = "" if difference.gap is None else f", {gap_name(run)} {difference.gap:.2g}"
@@ -167,9 +168,13 @@ def _parted(findings: Findings) -> Iterator[str]:
 def _two_texts(difference: Difference) -> str:
     common = first_difference(difference.plain_text, difference.text) or 0
     start = max(0, common - CONTEXT)
-    before = ("… " if start else "") + difference.plain_text[start:common]
+    before = ("…" if start else "") + difference.plain_text[start:common]
     lines = [
-        f"<b>{escape(name)}</b>\n{escape(before)}<mark>{escape(text[common : common + CONTINUATION])}</mark>"
+        f"<b>{escape(name)}</b>\n{escape(before)}<mark>{escape(_shortened(text[common:]))}</mark>"
         for name, text in ((PLAIN, difference.plain_text), (difference.method, difference.text))
     ]
     return f'<p class="tokens">{chr(10).join(lines)}</p>'
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= CONTINUATION else f"{text[:CONTINUATION]}…"

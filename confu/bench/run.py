@@ -197,11 +197,11 @@ class _Bench:
         }
         seconds = ("wall_seconds", "prefill_seconds", "target_seconds", "draft_seconds")
         values |= {name: round(getattr(answer, name), 6) for name in seconds}
-        if self.config.temperature > 0:
+        if self.config.temperature > 0 and method.facts["engine"] == OURS:
             values["seed"] = sampling.seed
             if method.name == PLAIN:
                 values["margins"] = self.plain.margins(prompt, ids, sampling)
-        elif method.name == PLAIN and repeat == 0:
+        elif self.config.temperature == 0 and method.name == PLAIN and repeat == 0:
             values["top2_gaps"] = self.plain.top2_gaps(prompt, ids)
         if question.id in self.shown and repeat == 0 and method.name != PLAIN:
             values["pieces"] = answer.pieces

@@ -115,7 +115,7 @@ def rows_of(facts: dict[str, Any]) -> int:
 
 def _is_constant(facts: dict[str, Any]) -> bool:
     """Whether all rounds have one tree, and so one price."""
-    return "costs" not in facts and facts.get("tree", {}).get("lookup") is None
+    return "costs" not in facts and not facts.get("tree", {}).get("lookup")
 
 
 def predicted(results: Results, method: str, tau: float) -> float | None:

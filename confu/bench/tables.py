@@ -13,8 +13,6 @@ from confu.bench.results import OURS, PLAIN, REFERENCE, Results
 from confu.pages.page import NONE, number
 
 SHAPE = ("nodes", "depth", "topk", "lookup")  # the last one came later than some runs
-
-
 FEW = 3  # sentences that may stand before a table
 
 
@@ -349,4 +347,4 @@ def _same_tree(mine: dict[str, Any], theirs: dict[str, Any]) -> bool:
 
 
 def _shape(facts: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(facts["tree"].get(field) for field in SHAPE)
+    return tuple(facts["tree"].get(field) or None for field in SHAPE)

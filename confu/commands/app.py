@@ -94,7 +94,7 @@ def load(
         name = target_name(draft, target)
         draft = None if no_draft else draft
         decoder = load_decoder(draft, target=name, tree=tree.config(), progress=progress, **dataclasses.asdict(compute))
-        if not tree.given:
+        if not tree.shaped:
             use_tuning(decoder, draft)
     computed = {
         "dtype": str(decoder.target.dtype).removeprefix("torch."),

@@ -106,7 +106,7 @@ def bench(
         trees = sweep_trees(shape, sweep, chosen)
         check_peers(peer, chosen)
         make_folder(out)
-        tuned = not (tree.given or sweep)
+        tuned = not (tree.shaped or sweep)
         loaded = load_methods(chosen, name, shape, sweep=trees, tuned=tuned, compute=compute, progress=progress)
         if profile:
             from confu.bench.profile import profile_methods
@@ -132,7 +132,7 @@ def show_results(terminal: Terminal, path: Path, out: Path) -> bool:
     from confu.bench.equality import compare
     from confu.bench.report import write_report
     from confu.bench.results import read_results
-    from confu.bench.tables import conditions, document, find, overall_table, ratio_lines
+    from confu.bench.tables import conditions, document, find, overall_table, ratio_lines, ratio_table
 
     results = read_results(path)
     findings = find(results, compare(results))
@@ -141,6 +141,8 @@ def show_results(terminal: Terminal, path: Path, out: Path) -> bool:
         terminal.document(**document(findings), results=str(path), report=str(report))
     else:
         terminal.write(f"{overall_table(findings).text()}\n")
+        if (ratios := ratio_table(findings)).rows:
+            terminal.write(f"\n{ratios.text()}\n")
         for line in (*ratio_lines(findings), conditions(results)):
             terminal.say(line, style="dim")
         terminal.write(f"{report}\n")

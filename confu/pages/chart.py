@@ -21,16 +21,17 @@ WIDTH, LEFT, RIGHT, TOP, PLOT_HEIGHT, LINE = 380, 44, 14, 34, 190, 18
 CHARACTER = 7.2  # width of a character of the 12 px type, on the wide side
 
 
-def _variables(colours: Sequence[str], ink: str, soft: str, grid: str) -> str:
+def _variables(colours: Sequence[str], page: str, ink: str, soft: str, grid: str) -> str:
     series = "".join(f"--series-{i}:{colour};" for i, colour in enumerate(colours))
-    return f"--ink:{ink};--soft:{soft};--grid:{grid};{series}"
+    return f"--page:{page};--ink:{ink};--soft:{soft};--grid:{grid};{series}"
 
 
 CSS = (
-    f":root{{{_variables(LIGHT, '#1c1f23', '#53585f', '#dfe2e6')}}}"
-    f"@media(prefers-color-scheme:dark){{:root{{{_variables(DARK, '#e8eaed', '#a9b0b8', '#3a4048')}}}}}"
+    f":root{{{_variables(LIGHT, '#fff', '#1c1f23', '#53585f', '#dfe2e6')}}}"
+    f"@media(prefers-color-scheme:dark){{:root{{{_variables(DARK, '#16191d', '#e8eaed', '#a9b0b8', '#3a4048')}}}}}"
     ".chart{font:12px system-ui,sans-serif;fill:var(--ink)}"
     ".chart .title{font-size:14px;font-weight:600}.chart .soft{fill:var(--soft)}"
+    ".chart .value{fill:var(--soft);paint-order:stroke;stroke:var(--page);stroke-width:3px}"
     ".chart .grid{stroke:var(--grid);stroke-width:1}"
     ".chart .line{fill:none;stroke-width:1.8;stroke-linejoin:round}"
     ".chart .whisker{stroke:var(--ink);stroke-width:1.4;fill:none}"
@@ -58,6 +59,8 @@ def line_chart(key: str, title: str, x_label: str, series: Sequence[Series]) -> 
     x_high = max(x for _, line in shown for x in line.x) or 1
     y_values = [y for _, line in shown for y in line.y]
     x_ticks, y_ticks = _ticks(0, x_high), _ticks(min(y_values), max(y_values), enclosing=True)
+    if all(float(x).is_integer() for _, line in shown for x in line.x):  # what is counted has no halves
+        x_ticks = [tick for tick in x_ticks if tick.is_integer()]
     bottom = TOP + PLOT_HEIGHT
 
     def px(x: float) -> float:
@@ -109,6 +112,7 @@ def bar_chart(
     dashed line at ``mark``. ``key`` and the colours are as in `line_chart`; at least one value is needed."""
     ends = [end for bars in series for found in bars.intervals if found for end in found]
     values = [[bars.values[group] for bars in series] for group in range(len(groups))]
+    filled = [number for number, row in enumerate(values) if any(value is not None for value in row)]
     longest = [sum(v or 0 for v in row) if stacked else max(v or 0 for v in row) for row in values]
     ticks = _ticks(0, max([*longest, *ends, mark or 0]) or 1, enclosing=True)
     right = WIDTH - 44  # room for the number behind the longest bar
@@ -117,8 +121,8 @@ def bar_chart(
         return x / ticks[-1] * right
 
     marks, y = [], TOP - 6.0
-    for number, name in enumerate(groups):
-        marks.append(f'<text x="0" y="{y + 12:.1f}">{escape(name)}</text>')
+    for number in filled:
+        marks.append(f'<text x="0" y="{y + 12:.1f}">{escape(groups[number])}</text>')
         drawn, y = (_stack if stacked else _side_by_side)(series, number, y + 17, px, digits)
         marks += drawn
         y += 9
@@ -129,6 +133,7 @@ def bar_chart(
         marks.append(f'<text class="soft" x="{x}" y="{y + LINE - 3:.1f}" text-anchor="{anchor}">{text}</text>')
     if mark is not None:
         marks.append(f'<line class="mark" x1="{px(mark):.1f}" x2="{px(mark):.1f}" y1="{TOP - 8}" y2="{y:.1f}"/>')
+    marks.sort(key=lambda part: part.startswith("<text"))  # which the others must not strike through
     marks.append(f'<text class="soft" x="0" y="{y + 2 * LINE - 3:.1f}">{escape(x_label)}</text>')
     names = [(bars.name, _bar_sample(number)) for number, bars in enumerate(series)]
     legend, height = _legend(names, round(y + 3 * LINE)) if len(series) > 1 else ([], round(y + 2 * LINE + 6))
@@ -142,7 +147,7 @@ def bar_chart(
 
 def standalone(svg: str) -> str:
     """The drawing as a file of its own: it brings its style, size and background."""
-    style = f"<style>{CSS}svg{{background:#fff}}@media(prefers-color-scheme:dark){{svg{{background:#16191d}}}}</style>"
+    style = f"<style>{CSS}svg{{background:var(--page)}}</style>"
     return svg.replace(' role="img"', f' width="{2 * WIDTH}" role="img"', 1).replace("<title", f"{style}<title", 1)
 
 
@@ -172,7 +177,7 @@ def _side_by_side(
                 f'M{high:.1f} {middle - 3:.1f}v6"/>'
             )
         end = max(px(value), px(interval[1]) if interval else 0)
-        parts.append(f'<text class="soft" x="{end + 5:.1f}" y="{y + 10:.1f}">{value:.{digits}f}</text>')
+        parts.append(f'<text class="value" x="{end + 5:.1f}" y="{y + 10:.1f}">{value:.{digits}f}</text>')
         y += 14
     return parts, y
 
@@ -189,7 +194,7 @@ def _stack(
             f'height="14"><title>{escape(bars.name)}: {value:.{digits}f}</title></rect>'
         )
         total += value
-    parts.append(f'<text class="soft" x="{px(total) + 5:.1f}" y="{y + 11:.1f}">{total:.{digits}f}</text>')
+    parts.append(f'<text class="value" x="{px(total) + 5:.1f}" y="{y + 11:.1f}">{total:.{digits}f}</text>')
     return parts, y + 17
 
 

@@ -11,7 +11,7 @@ from confu.pages.chart import CSS as CHART_CSS
 NONE = "–"  # stands for a number that there is none of
 CSS = (
     CHART_CSS
-    + ":root{color-scheme:light dark;--page:#fff}@media(prefers-color-scheme:dark){:root{--page:#16191d}}"
+    + ":root{color-scheme:light dark}"
     + "body{margin:0 auto;max-width:76rem;padding:1rem;font:1rem/1.5 system-ui,sans-serif;"
     + "background:var(--page);color:var(--ink)}h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2rem}"
     + ".charts{display:grid;gap:2rem 2.5rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,20rem),1fr))}"

@@ -97,7 +97,7 @@ def warn_without_effect(terminal: Terminal, decoder: Decoder, sampling: Sampling
     if drafter is None:
         where, idle = "without a draft", given
     elif drafter.name == LOOKUP:
-        where, idle = "for lookup", [name for name in ("topk", "contemplate") if name in given]
+        where, idle = "for lookup", [name for name in ("topk", "contemplate", "lookup") if name in given]
     else:
         where, idle = "for a draft that does not contemplate", ["contemplate"] if "contemplate" in given else []
         idle = idle if drafter.contemplation is None else []
