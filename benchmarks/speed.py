@@ -19,6 +19,7 @@ was made. `table.py` renders both. Threads are torch's: set OMP_NUM_THREADS.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -50,7 +51,7 @@ from confu.models import DEFAULT_TARGET, ModelUnavailable, load_target_model
 from confu.stats import Stats
 from confu.target import Target
 from confu.tree import chain
-from confu.tune import measure
+from confu.tune import TREES, measure
 
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
@@ -174,7 +175,7 @@ def batch(models: Models, args: argparse.Namespace) -> Iterator[Row]:
             tree = TreeConfig(nodes=nodes, depth=depth, topk=min(nodes, 10), contemplate=args.contemplate)
             decoders[name, tree, False] = Decoder(drafted.target, drafted.drafter, drafted.tokenizer, tree)
         if isinstance(drafted.drafter, TreeDrafter):
-            tree = TreeConfig(64, 8, 10, args.contemplate)
+            tree = dataclasses.replace(TREES[0], contemplate=args.contemplate)
             costs = measure(drafted, drafted.drafter, {tree.topk})[tree.topk]
             decoders[name, tree, True] = Decoder(drafted.target, drafted.drafter, drafted.tokenizer, tree, costs)
     prompts, stats = list(models.prompts.values()), {}

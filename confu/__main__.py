@@ -3,14 +3,14 @@
 import os
 import sys
 
-from confu.cli import run
+from confu.cli import main, run
 
 if __name__ == "__main__":
-    status = run(sys.argv[1:])
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Process groups that FSDP keeps outlive their destruction here, and gloo's threads in them then abort, now and
         # then, a process that has done its work.
+        status = run(sys.argv[1:])
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-    sys.exit(status)
+    main()

@@ -159,7 +159,7 @@ class Drafting:
     def grow(self, roots: Int[Tensor, " B"], ids: list[int]) -> Tree:
         """The next trees, of roots whose tokens the host knows, too: chains where texts repeat themselves and these
         promise more; the roots alone while the drafter rests."""
-        self._chains = self._repeats(ids)
+        self._chains = self._repeats(ids) if self._looks else []
         self.rests = bool(self._chains) or (self.budget is not None and self.budget.rests())
         if self._chains:
             return chains(roots, [repeat.tokens for repeat in self._chains])
@@ -177,8 +177,6 @@ class Drafting:
     def _repeats(self, ids: list[int]) -> list[Repeat]:
         """What each text would go on with if it did as before; none if a tree promises more, or, without a budget that
         could tell, if not all would."""
-        if not self._looks:
-            return []
         found = [ngrams.following(root, self.tree.nodes - 1) for ngrams, root in zip(self._ngrams, ids, strict=True)]
         if self.budget is not None:
             return self.budget.chains(found)

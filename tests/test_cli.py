@@ -616,6 +616,8 @@ def test_a_terminated_command_says_so_by_its_status():
             if caught >> (signal.SIGTERM - 1) & 1:
                 break
             time.sleep(0.05)
+        else:
+            pytest.fail("nothing waits for the signal")
         process.terminate()
         assert process.wait(20) == 143
         assert process.stderr.read() == b""

@@ -174,6 +174,7 @@ def test_lines_and_text_stand_out_in_both_schemes():
     light, dark = CSS.split("@media(prefers-color-scheme:dark)")
     for style, background in ((light, "#ffffff"), (dark, "#16191d")):
         colours = dict(re.findall(r"--([\w-]+):(#\w{6});", style))
+        assert colours.pop("page") == background
         assert colours.keys() == {"ink", "soft", "grid", *(f"series-{number}" for number in range(7))}
         assert all(contrast(colour, background) >= 4.5 for name, colour in colours.items() if name != "grid")
 

@@ -27,7 +27,7 @@ def _variables(colours: Sequence[str], page: str, ink: str, soft: str, grid: str
 
 
 CSS = (
-    f":root{{{_variables(LIGHT, '#fff', '#1c1f23', '#53585f', '#dfe2e6')}}}"
+    f":root{{{_variables(LIGHT, '#ffffff', '#1c1f23', '#53585f', '#dfe2e6')}}}"
     f"@media(prefers-color-scheme:dark){{:root{{{_variables(DARK, '#16191d', '#e8eaed', '#a9b0b8', '#3a4048')}}}}}"
     ".chart{font:12px system-ui,sans-serif;fill:var(--ink)}"
     ".chart .title{font-size:14px;font-weight:600}.chart .soft{fill:var(--soft)}"
