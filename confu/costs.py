@@ -10,7 +10,9 @@ Shapes: B batch, M candidates, k frontier nodes.
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,7 +28,6 @@ GRAIN = 4  # rows of a verification come in multiples of it: each number costs m
 PRIOR = 4.0  # tokens for which the draft's probabilities are believed before acceptance corrects them
 TRIAL = 8  # drafts, of all sequences together, before it is judged whether they pay
 BREAKS = 1.5  # a repetition that matched m tokens so far breaks with probability BREAKS / (m + BREAKS)
-NEGLIGIBLE = 1e-3  # tokens of all sequences together, of which no node is worth a row
 SEEN = 2.0  # breaks for which that is believed before what happens corrects it
 GAIN = 0.9  # of the target's own time for a token, what one with a draft may take at most to be believed to pay
 RESTS = (16, 64)  # rounds without a draft where none pays: so many at first, twice as many each time, at most so many
@@ -63,6 +64,12 @@ def between(points: tuple[tuple[int, float], ...], size: int) -> float:
 def _goes_on(matched: int, breaks: float) -> float:
     """Probability that a text which repeats so many tokens repeats the next one, too."""
     return matched / (matched + breaks)
+
+
+def _expected(matched: int, breaks: float, most: int) -> list[float]:
+    """Tokens that a chain of 1, 2, ... ``most`` is expected to bring behind a match of so many tokens."""
+    chances = (_goes_on(length, breaks) for length in range(matched, matched + most))
+    return list(itertools.accumulate(itertools.accumulate(chances, operator.mul)))
 
 
 class Budget:
@@ -159,15 +166,11 @@ class Budget:
     def chains(self, repeats: Sequence[Repeat]) -> list[Repeat]:
         """As much of these, in a verification without contemplate rows, as gives most tokens per millisecond; none
         where the draft's trees, or in a rest the target alone, do better."""
-        breaks, promised, total = self.breaks, [0.0], 0.0
-        chances = [1.0 if repeat.tokens else 0.0 for repeat in repeats]
-        if not any(chances) or not self._verify_chain:
+        known = [repeat.matched for repeat in repeats if repeat.tokens]
+        if not known or not self._verify_chain:
             return []
-        for place in range(self.tree.nodes - 1):
-            if sum(chances) > NEGLIGIBLE:
-                chances = [c * _goes_on(r.matched + place, breaks) for c, r in zip(chances, repeats, strict=True)]
-                total += sum(chances)
-            promised.append(total)
+        each = (_expected(matched, self.breaks, self.tree.nodes - 1) for matched in known)
+        promised = [0.0, *map(sum, zip(*each, strict=True))]
         pace, nodes = min((ms / (self.batch_size + promised[n - 1]), n) for n, ms in self._verify_chain)
         if pace >= (min(self._pace, self._plain) if self._left == 0 else self._plain):
             return []
