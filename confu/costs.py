@@ -13,6 +13,7 @@ import bisect
 import itertools
 import math
 import operator
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from confu.config import TreeConfig
-from confu.ngrams import Repeat
 
 CHILDREN = 0.5  # of what a frontier is expected to bring, the part that its children bring beyond their own cost
 WEIGHT = 0.9  # of the past, in what is remembered from round to round
@@ -163,26 +163,25 @@ class Budget:
         """`BREAKS`, as this text has it."""
         return BREAKS * (SEEN + self._broke) / (SEEN + self._would_break)
 
-    def chains(self, repeats: Sequence[Repeat]) -> list[Repeat]:
-        """As much of these, in a verification without contemplate rows, as gives most tokens per millisecond; none
-        where the draft's trees, or in a rest the target alone, do better."""
-        known = [repeat.matched for repeat in repeats if repeat.tokens]
+    def chain_nodes(self, matches: Sequence[int]) -> int:
+        """Nodes, the root included, of chains that repeat what followed matches of so many tokens (0: none), in a
+        verification without contemplate rows: the number that gives most tokens per millisecond, or 0 where the
+        draft's trees, or in a rest the target alone, do better."""
+        known = Counter(length for length in matches if length)
         if not known or not self._verify_chain:
-            return []
-        each = (_expected(matched, self.breaks, self.tree.nodes - 1) for matched in known)
+            return 0
+        each = [[count * n for n in _expected(m, self.breaks, self.tree.nodes - 1)] for m, count in known.items()]
         promised = [0.0, *map(sum, zip(*each, strict=True))]
         pace, nodes = min((ms / (self.batch_size + promised[n - 1]), n) for n, ms in self._verify_chain)
-        if pace >= (min(self._pace, self._plain) if self._left == 0 else self._plain):
-            return []
-        return [repeat._replace(tokens=repeat.tokens[: nodes - 1]) for repeat in repeats]
+        return nodes if pace < (min(self._pace, self._plain) if self._left == 0 else self._plain) else 0
 
-    def note_chains(self, chains: Sequence[Repeat], accepted: Sequence[int]) -> None:
-        """So many tokens of each chain were accepted."""
+    def note_chains(self, matches: Sequence[int], drafted: int, accepted: Sequence[int]) -> None:
+        """So many of the ``drafted`` tokens of each chain were accepted."""
         broke = would_break = 0.0
-        for repeat, count in zip(chains, accepted, strict=True):
-            tried = min(count + 1, len(repeat.tokens))
+        for length, count in zip(matches, accepted, strict=True):
+            tried = min(count + 1, drafted) if length else 0
             broke += tried > count
-            would_break += sum(1 - _goes_on(repeat.matched + place, BREAKS) for place in range(tried))
+            would_break += sum(1 - _goes_on(length + place, BREAKS) for place in range(tried))
         self._broke = WEIGHT * self._broke + broke
         self._would_break = WEIGHT * self._would_break + would_break
 

@@ -27,7 +27,7 @@ from confu.draft_graphs import GraphGrowth
 from confu.graphs import GraphForward
 from confu.host import upload
 from confu.linear import USUAL_ROWS
-from confu.ngrams import NGrams, Repeat
+from confu.ngrams import NGrams
 from confu.rows import MOST_ROWS, rows
 from confu.target import Target
 from confu.tree import Candidates, Frontier, Tree, chains, root_only, take
@@ -131,7 +131,8 @@ class Drafting:
         self._unread: list[Accepted] = []
         self._looks = bool(tree.lookup) and drafter.name != "lookup"  # which does nothing else anyway
         self._ngrams = [NGrams(text, (tree.lookup or 0,)) for text in texts]
-        self._chains: list[Repeat] = []  # of this round
+        self._matches: list[int] = []  # of the chains of this round, how many tokens matched, and how many were drafted
+        self._drafted = 0
 
     def commit(self, accepted: Accepted) -> None:
         drafted = [count - 1 for count in accepted.counts]  # and accepted
@@ -143,8 +144,8 @@ class Drafting:
             self.drafter.commit(self.state, accepted)
         if self.budget is None:
             return
-        if self._chains:
-            self.budget.note_chains(self._chains, drafted)
+        if self._matches:
+            self.budget.note_chains(self._matches, self._drafted, drafted)
         elif not self.rests:
             self.budget.note(sum(drafted))
 
@@ -159,10 +160,10 @@ class Drafting:
     def grow(self, roots: Int[Tensor, " B"], ids: list[int]) -> Tree:
         """The next trees, of roots whose tokens the host knows, too: chains where texts repeat themselves and these
         promise more; the roots alone while the drafter rests."""
-        self._chains = self._repeats(ids) if self._looks else []
-        self.rests = bool(self._chains) or (self.budget is not None and self.budget.rests())
-        if self._chains:
-            return chains(roots, [repeat.tokens for repeat in self._chains])
+        repeats = self._repeats(ids) if self._looks else []
+        self.rests = bool(repeats) or (self.budget is not None and self.budget.rests())
+        if repeats:
+            return chains(roots, repeats)
         if self.rests:
             return root_only(roots)
         self.read()
@@ -174,13 +175,19 @@ class Drafting:
             self.drafter.commit(self.state, joined(self._unread))
             self._unread = []
 
-    def _repeats(self, ids: list[int]) -> list[Repeat]:
-        """What each text would go on with if it did as before; none if a tree promises more, or, without a budget that
-        could tell, if not all would."""
-        found = [ngrams.following(root, self.tree.nodes - 1) for ngrams, root in zip(self._ngrams, ids, strict=True)]
-        if self.budget is not None:
-            return self.budget.chains(found)
-        return found if all(repeat.tokens for repeat in found) else []
+    def _repeats(self, ids: list[int]) -> list[list[int]]:
+        """What each text would go on with if it did as before; nothing if a tree promises more, or, without a budget
+        that could tell, if not all would."""
+        matches = [ngrams.match(root) for ngrams, root in zip(self._ngrams, ids, strict=True)]
+        lengths = [match.length for match in matches]
+        without_costs = self.tree.nodes if all(lengths) else 0
+        nodes = without_costs if self.budget is None else self.budget.chain_nodes(lengths)
+        self._drafted = max(0, nodes - 1)
+        self._matches = lengths if self._drafted else []
+        if not self._drafted:
+            return []
+        found = zip(self._ngrams, matches, ids, strict=True)
+        return [ngrams.following(match, root, self._drafted) for ngrams, match, root in found]
 
 
 class TreeState:

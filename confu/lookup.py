@@ -53,5 +53,5 @@ class Lookup:
     def grow(self, state: LookupState, config: TreeConfig, budget: Budget | None = None) -> Tree:
         length = min(config.depth, config.nodes - 1)
         pairs = zip(state.texts, state.roots, strict=True)
-        drafts = [ngrams.following(root, length).tokens for ngrams, root in pairs]
+        drafts = [ngrams.following(ngrams.match(root), root, length) for ngrams, root in pairs]
         return chains(upload(state.roots, self.device), drafts)

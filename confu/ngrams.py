@@ -9,12 +9,16 @@ from typing import NamedTuple
 LONGEST = 64  # tokens of a match that are looked at
 
 
-class Repeat(NamedTuple):
-    """What a text would go on with if it went on as it did before."""
+class Match(NamedTuple):
+    """Where a text repeats itself."""
 
-    tokens: list[int]
-    matched: int
-    """Tokens, the last one's included, that stood before those and stand here; 0 where nothing repeats."""
+    end: int
+    """Of what stood there before: where the tokens are that followed."""
+    length: int
+    """In tokens, the last one's included; 0 where nothing repeats."""
+
+
+NONE = Match(0, 0)
 
 
 class NGrams:
@@ -25,21 +29,25 @@ class NGrams:
         self._ends: dict[tuple[int, ...], int] = {}
         self._read = 0
 
-    def following(self, root: int, most: int) -> Repeat:
-        """``most`` tokens that stood behind the longest n-gram which ends the text and its next token, ``root``, when
-        it stood there last; none where none did. What repeats up to the end goes on repeating."""
+    def match(self, root: int) -> Match:
+        """Where the longest n-gram that ends the text and its next token, ``root``, stood last."""
         self._catch_up()
         text, length = self.text, len(self.text)
         for size in reversed(self.sizes):
             end = self._ends.get((*text[length - size + 1 :], root)) if size <= length + 1 else None
             if end is not None:
-                period = [*text[end : end + most], root]
-                tokens = [period[place % len(period)] for place in range(most)]
                 matched = size
                 while matched < min(LONGEST, end) and text[end - matched - 1] == text[length - matched]:
                     matched += 1
-                return Repeat(tokens, matched)
-        return Repeat([], 0)
+                return Match(end, matched)
+        return NONE
+
+    def following(self, match: Match, root: int, count: int) -> list[int]:
+        """So many tokens that stood behind a match; none behind none. What repeats up to the end goes on repeating."""
+        if match is NONE:
+            return []
+        period = [*self.text[match.end : match.end + count], root]
+        return [period[place % len(period)] for place in range(count)]
 
     def _catch_up(self) -> None:
         for end in range(self._read + 1, len(self.text) + 1):

@@ -13,37 +13,37 @@ from confu.config import SamplingConfig, TreeConfig
 from confu.costs import BREAKS, GRAIN, Budget, Costs, between
 from confu.drafter import Accepted, Drafting, joined
 from confu.generate import Decoder, Session
-from confu.ngrams import LONGEST, NGrams, Repeat
+from confu.ngrams import LONGEST, NGrams
 from confu.stats import Stats
 
-NOTHING = Repeat([], 0)
 
-
-def naive_repeat(text: list[int], sizes: range, most: int) -> Repeat:
+def naive_repeat(text: list[int], sizes: range, count: int) -> tuple[list[int], int]:
     """Of a text with its root, by looking everywhere."""
     for size in reversed(sizes):
         ends = [end for end in range(size, len(text)) if text[end - size : end] == text[-size:]]
         if ends and size <= len(text):
             back = range(1, min(LONGEST, ends[-1]) + 1)
             matched = next((n - 1 for n in back if text[ends[-1] - n] != text[-n]), back[-1])
-            return Repeat((text[ends[-1] :] * most)[:most], matched)
-    return NOTHING
+            return (text[ends[-1] :] * count)[:count], matched
+    return [], 0
 
 
 @given(
     text=st.lists(st.integers(0, 2), min_size=1, max_size=30),
     sizes=st.sampled_from([range(1, 4), range(2, 3), range(3, 4)]),
-    most=st.integers(1, 9),
+    count=st.integers(1, 9),
     steps=st.lists(st.integers(0, 7), min_size=1, max_size=4),
 )
-def test_what_followed_is_what_a_naive_search_finds(text, sizes, most, steps):
+def test_what_followed_is_what_a_naive_search_finds(text, sizes, count, steps):
     """While the text grows, too."""
     ngrams, given_text = NGrams([], sizes), text
     for step in [*steps, len(text)]:
         done = len(ngrams.text)
         ngrams.text += given_text[done : min(done + step, len(text) - 1)]
         length = len(ngrams.text)
-        assert ngrams.following(text[length], most) == naive_repeat(text[: length + 1], sizes, most)
+        match = ngrams.match(text[length])
+        found = ngrams.following(match, text[length], count), match.length
+        assert found == naive_repeat(text[: length + 1], sizes, count)
 
 
 # ---------------------------------------------------------------- what it is worth
@@ -62,8 +62,7 @@ def test_chains_are_as_long_as_pays(matched, verify, history, trees, left):
     costs = Costs(tuple((5 * i + 1, sum(verify[: i + 1])) for i in range(6)), ((1, 1.0),), ((1, 2.0),))
     budget = Budget(costs, TreeConfig(nodes=nodes, contemplate=None), batch, contemplates=True)
     for length, accepted in history:
-        budget.note_chains([Repeat([1] * 5, length)] * batch, [accepted] * batch)
-    repeats = [Repeat([7] * (nodes - 1), m) if m else NOTHING for m in matched]
+        budget.note_chains([length] * batch, 5, [accepted] * batch)
 
     def pace(count: int) -> float:
         hoped = sum(
@@ -77,27 +76,26 @@ def test_chains_are_as_long_as_pays(matched, verify, history, trees, left):
     best = min(map(pace, offered))
     budget._pace *= trees  # what a token takes by trees, to begin with nine tenths of what it takes without a draft
     budget._left = left
-    found = budget.chains(repeats)
+    found = budget.chain_nodes(matched)
     if best >= (budget._plain if left else min(budget._pace, budget._plain)) or not any(matched):
-        assert found == []
+        assert found == 0
     else:
-        count = max(len(repeat.tokens) for repeat in found) + 1
-        assert pace(count) == pytest.approx(best)
-        assert [len(repeat.tokens) for repeat in found] == [count - 1 if m else 0 for m in matched]
+        assert found in offered
+        assert pace(found) == pytest.approx(best)
 
 
 def test_breaks_follow_what_happens():
     budget = Budget(Costs(((1, 1.0),), ((1, 1.0),), ((1, 1.0),)), TreeConfig(), 1, contemplates=False)
     assert budget.breaks == BREAKS
     for _ in range(30):  # two of three tokens came, as BREAKS has it for matches of three tokens
-        budget.note_chains([Repeat([1] * 3, 3)], [3])
-        budget.note_chains([Repeat([1] * 3, 3)], [1])
+        budget.note_chains([3], 3, [3])
+        budget.note_chains([3], 3, [1])
     assert 0.7 * BREAKS < budget.breaks < 1.5 * BREAKS
     for _ in range(30):
-        budget.note_chains([Repeat([1] * 9, 20)], [0])
+        budget.note_chains([20, 0], 9, [0, 0])
     assert budget.breaks > 3 * BREAKS
     for _ in range(30):
-        budget.note_chains([Repeat([1] * 9, 2)], [9])
+        budget.note_chains([2], 9, [9])
     assert budget.breaks < 0.5 * BREAKS
 
 
@@ -131,7 +129,7 @@ def test_trees_chains_and_rests_take_turns(model8, target8, drafters8):
 
     def grow(drafting, roots, ids):
         tree = true(drafting, roots, ids)
-        kinds.append("chains" if drafting._chains else "rest" if drafting.rests else "tree")
+        kinds.append("chains" if drafting._matches else "rest" if drafting.rests else "tree")
         return tree
 
     with pytest.MonkeyPatch.context() as patch:
