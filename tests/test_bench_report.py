@@ -73,6 +73,12 @@ def test_a_page_that_cannot_be_written_is_one_sentence(tmp_path):
         write_report(made(), tmp_path)
 
 
+def test_long_rounds_are_shown_together():
+    table = lengths_table(find(results([row("eagle3", "a1", 1.0, [40, 3, 12, 8, 16])]), {}))
+    assert table.header[-4:] == ["8 tokens", "9 to 16 tokens", "17 to 32 tokens", "33 to 64 tokens"]
+    assert table.rows[-1][-4:] == ["20.0", "40.0", "0.0", "20.0"]
+
+
 def test_tables_of_lengths_times_and_differences():
     findings = made()
     table = lengths_table(findings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from confu.bench.metrics import Summary
-from confu.bench.tables import Findings
+from confu.bench.tables import DEEPEST, Findings, length_groups, length_name, length_shares
 from confu.config import SWEEPABLE
 from confu.pages.chart import MAX_SERIES, Bars, Series, bar_chart, line_chart
 
@@ -30,7 +30,7 @@ def draw(findings: Findings) -> dict[str, str]:
             charts[key] = bar_chart(key, title, label, ["all tasks", *findings.by_task], bars, mark=mark)
     if speculative:
         lines = [
-            Series(name, range(1, len(found.acceptance_per_depth) + 1), found.acceptance_per_depth)
+            Series(name, range(1, len(found.acceptance_per_depth[:DEEPEST]) + 1), found.acceptance_per_depth[:DEEPEST])
             for name, found in speculative.items()
         ]
         charts["depth"] = line_chart("depth", "Acceptance by depth, given the depth before", "depth", lines)
@@ -74,13 +74,10 @@ def _by_task(findings: Findings, methods: Sequence[str], field: str) -> list[Bar
 
 
 def _length_chart(found: dict[str, Summary]) -> str:
-    longest = max(len(summary.round_length_counts) for summary in found.values())
-    bars = []
-    for name, summary in found.items():
-        counts = [*summary.round_length_counts, *[0] * (longest - len(summary.round_length_counts))]
-        bars.append(Bars(name, [100 * count / summary.num_rounds for count in counts]))
-    groups = ["1 token", *(f"{length} tokens" for length in range(2, longest + 1))]
-    return bar_chart("lengths", "How many tokens a round adds", "% of rounds", groups, bars, digits=1)
+    groups = length_groups(found)
+    bars = [Bars(name, length_shares(summary, groups)) for name, summary in found.items()]
+    names = list(map(length_name, groups))
+    return bar_chart("lengths", "How many tokens a round adds", "% of rounds", names, bars, digits=1)
 
 
 def _sweep_charts(findings: Findings) -> dict[str, str]:

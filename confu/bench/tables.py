@@ -13,6 +13,8 @@ from confu.bench.results import OURS, PLAIN, REFERENCE, Results
 from confu.pages.page import NONE, number
 
 SHAPE = ("nodes", "depth", "topk", "lookup")  # the last one came later than some runs
+SINGLE = 8  # lengths of rounds that are shown one by one
+DEEPEST = 16  # beyond it are chains of lookup, of few rounds
 FEW = 3  # sentences that may stand before a table
 
 
@@ -169,7 +171,8 @@ def engines_table(findings: Findings) -> Table:
 
 
 def depth_table(findings: Findings) -> Table:
-    depths = range(max((len(found.acceptance_per_depth) for found in findings.overall.values()), default=0))
+    deepest = max((len(found.acceptance_per_depth) for found in findings.overall.values()), default=0)
+    depths = range(min(deepest, DEEPEST))
     rows = [
         [name, *(number(at(found.acceptance_per_depth, depth), 3) for depth in depths)]
         for name, found in findings.overall.items()
@@ -180,14 +183,32 @@ def depth_table(findings: Findings) -> Table:
 
 
 def lengths_table(findings: Findings) -> Table:
-    longest = max((len(found.round_length_counts) for found in findings.overall.values()), default=0)
+    groups = length_groups(findings.overall)
     rows = []
     for name, found in findings.overall.items():
         if counts := found.round_length_counts:
-            cells = [number(100 * count / found.num_rounds, 1) for count in counts]
-            rows.append([name, *cells, *[NONE] * (longest - len(counts))])
-    header = ["method", *(counted(length, "token") for length in range(1, longest + 1))]
-    return Table("How many tokens a round adds, % of rounds", header, rows)
+            pairs = zip(length_shares(found, groups), groups, strict=True)
+            rows.append([name, *(number(share, 1) if first <= len(counts) else NONE for share, (first, _) in pairs)])
+    return Table("How many tokens a round adds, % of rounds", ["method", *map(length_name, groups)], rows)
+
+
+def length_groups(overall: dict[str, Summary]) -> list[tuple[int, int]]:
+    """First and last of the lengths that a table or chart shows together: of eight each one, then twice as many."""
+    longest = max((len(found.round_length_counts) for found in overall.values()), default=0)
+    groups = [(length, length) for length in range(1, min(longest, SINGLE) + 1)]
+    while groups and groups[-1][1] < longest:
+        groups.append((groups[-1][1] + 1, 2 * groups[-1][1]))
+    return groups
+
+
+def length_name(group: tuple[int, int]) -> str:
+    first, last = group
+    return counted(first, "token") if first == last else f"{first} to {last} tokens"
+
+
+def length_shares(found: Summary, groups: Sequence[tuple[int, int]]) -> list[float]:
+    """Of a method's rounds, in per cent."""
+    return [100 * sum(found.round_length_counts[first - 1 : last]) / found.num_rounds for first, last in groups]
 
 
 def time_table(findings: Findings) -> Table:
