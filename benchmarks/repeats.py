@@ -15,6 +15,7 @@ import hashlib
 import json
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -38,15 +39,10 @@ def main() -> None:
         row = json.loads(line)
         greedy = row["temperature"] == 0
         prompt = encode_chat(tokenizer, [{"role": "user", "content": row["prompt"]}])
-        ngrams = NGrams(prompt[:-1], (args.ngram,))
-        root = prompt[-1]
-        for token in tokenizer.encode(row["response"], add_special_tokens=False):
-            tokens, matched = ngrams.following(root, 1)
-            if matched:
-                places[greedy][matched] += 1
-                went_on[greedy][matched] += tokens == [token]
-            ngrams.text.append(root)
-            root = token
+        answer = tokenizer.encode(row["response"], add_special_tokens=False)
+        for matched, same in repetitions(prompt, answer, args.ngram):
+            places[greedy][matched] += 1
+            went_on[greedy][matched] += same
         num_answers[greedy] += 1
     found = [
         {"greedy": greedy, "num_answers": num_answers[greedy], "places": places[greedy], "went_on": went_on[greedy]}
@@ -55,6 +51,17 @@ def main() -> None:
     run = {"target": args.target, "answers_sha256": hashlib.sha256(data).hexdigest(), "ngram": args.ngram}
     run |= {"commit": checkout()[0], "date": time.strftime("%Y-%m-%d")}
     ROWS.write_text(json.dumps({"run": run, "rows": found}, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def repetitions(prompt: list[int], answer: list[int], ngram: int) -> Iterator[tuple[int, bool]]:
+    """Wherever the last ``ngram`` tokens stood before: how many match, and whether the answer's next token does."""
+    ngrams, root = NGrams(prompt[:-1], (ngram,)), prompt[-1]
+    for token in answer:
+        match = ngrams.match(root)
+        if match.length:
+            yield match.length, ngrams.following(match, root, 1) == [token]
+        ngrams.text.append(root)
+        root = token
 
 
 def parse() -> argparse.Namespace:

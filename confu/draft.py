@@ -240,11 +240,16 @@ class DraftModel(nn.Module):
             raise ValueError(f"{path} holds NaN or infinite weights; copy or train it again.")
         model.load_state_dict(weights)
         ids = model.target_ids()
-        if len(ids.unique()) < len(ids) or not 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size:
+        if not is_vocabulary(ids, config.vocab_size):
             raise ValueError(
                 f"{path}: d2t maps to no {len(ids)} different tokens of {config.vocab_size}; copy or train it again."
             )
         return model.to(device=device, dtype=dtype).eval()
+
+
+def is_vocabulary(ids: Int[Tensor, " U"], vocab_size: int) -> bool:
+    """Whether these are different tokens of a target."""
+    return len(ids.unique()) == len(ids) and int(ids.min()) >= 0 and int(ids.max()) < vocab_size
 
 
 def normed_states(future: Float[Tensor, "... D4"], eps: float) -> Float[Tensor, "... D3"]:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from confu.config import DraftConfig
-from confu.draft import DraftModel, read_settings
+from confu.draft import DraftModel, is_vocabulary, read_settings
 from confu.formats import LAYER, LAYER_IDS, OTHER_LAYER, WEIGHTS, refuse_filled
 from confu.models import Progress, draft_path, load_target_config, load_target_model
 from confu.target import ROPE_TYPES, default_feature_layers, key_value_shape
@@ -306,7 +306,7 @@ def _vocabulary(weights: dict[str, Tensor], config: DraftConfig, folder: Path) -
         raise ValueError(f"{folder}: d2t is {offsets.dtype} {tuple(offsets.shape)}, not {len(ids)} whole numbers.")
     else:
         ids = ids + offsets.long()
-    if len(ids.unique()) < len(ids) or not 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size:
+    if not is_vocabulary(ids, config.vocab_size):
         raise ValueError(
             f"{folder}: d2t is no map of offsets into {config.vocab_size} tokens (target id = draft id + offset)."
         )
