@@ -7,6 +7,8 @@ rejected or abandoned row never has to be erased. It is a `transformers` Cache, 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -41,6 +43,7 @@ class KVCache(Cache):
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = [0] * batch_size
+        self.lent = False  # whether keys and values lie in another's store, which may be handed on (`graphs.Store`)
         # Index of each sequence. (Of all ways to write rows at places that differ by sequence, indexing alone does not
         # read the whole cache in bfloat16.)
         self._batch: Int[Tensor, "B 1"] = torch.arange(batch_size, device=device)[:, None]
@@ -181,8 +184,14 @@ class KVCache(Cache):
     def select(self, sequences: list[int]) -> None:
         """Keep only these sequences of the batch, in this order."""
         index = upload(sequences, self.keys.device)
-        self.keys, self.values = self.keys.index_select(1, index), self.values.index_select(1, index)
-        self.lengths = [self.lengths[i] for i in sequences]
+        lengths, self.lengths = [self.lengths[i] for i in sequences], []
+        if self.lent or not (self.keys.is_contiguous() and self.values.is_contiguous()):
+            self.keys, self.values = self.keys.index_select(1, index), self.values.index_select(1, index)
+            self.lent = False
+        else:
+            used = self.num_soft + max(lengths, default=0)
+            self.keys, self.values = (_closed_up(store, index, used) for store in (self.keys, self.values))
+        self.lengths = lengths
         self._batch = self._batch[: len(sequences)]
 
     def reserve(self, capacity: int) -> None:
@@ -193,7 +202,19 @@ class KVCache(Cache):
         extra = capacity - self.capacity
         self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, extra))
         self.values = torch.nn.functional.pad(self.values, (0, 0, 0, extra))
-        self.capacity = capacity
+        self.capacity, self.lent = capacity, False
+
+
+def _closed_up(
+    store: Float[Tensor, "L B heads K head_dim"], index: Int[Tensor, " kept"], used: int
+) -> Float[Tensor, "L kept heads K head_dim"]:
+    """These sequences at the front of the store that holds them, layer behind layer. Fresh memory for all slots would
+    cost more than the tokens do; sequences move forward only, so none is overwritten before it has moved."""
+    shape = store.shape[0], len(index), *store.shape[2:]
+    closed = store.view(-1)[: math.prod(shape)].view(shape)
+    for layer in range(len(store)):
+        closed[layer, :, :, :used] = store[layer, :, :, :used].index_select(0, index)
+    return closed
 
 
 class PrefixCache(Cache):

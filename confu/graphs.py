@@ -108,6 +108,7 @@ class Store:
             self.kv.starts.fill_(cache.num_soft)  # sequences beyond this batch must not write past the end
         self._given, self._owner = (keys, values), weakref.ref(cache)
         cache.keys, cache.values, cache.capacity = keys, values, num_slots - cache.num_soft
+        cache.lent = True
 
 
 class FixedCache(KVCache):

@@ -258,6 +258,7 @@ def test_abandoned_streams_leave_sessions_whole(model, target, drafters, name):
 CHANGES_STATE = {  # code that moves what a session holds
     *("Decoder.stream", "Decoder._prefill", "_Running.note_cached"),
     *("KVCache.keep", "KVCache.advance", "KVCache.truncate", "KVCache.select", "KVCache.reserve"),
+    "_closed_up",
 }
 
 
@@ -297,7 +298,7 @@ def test_an_interrupt_at_any_line_leaves_sessions_whole(model, target, drafters,
         return lambda: decoder.generate(prompts, SamplingConfig(max_new_tokens=4), session=session)
 
     lines = interrupt(first_turn(Session()), None)
-    assert {name for name, _ in lines} >= CHANGES_STATE - {"KVCache.select", "KVCache.reserve"}
+    assert {name for name, _ in lines} >= CHANGES_STATE - {"KVCache.select", "_closed_up", "KVCache.reserve"}
     last_visits = {line: number for number, line in enumerate(lines)}  # where each line ran for the last time
     again = [[*prompt, *text[:3], 30] for prompt, text in zip(prompts, texts, strict=True)]
     broken = []

@@ -241,6 +241,21 @@ def test_truncate_select_and_reserve(model, target, contemplation, soft):
     check_cache(cache, model, [(8, 20, 21), (1, 2, 3, 4, 22)])
 
 
+@pytest.mark.parametrize("lent", [False, True])
+@pytest.mark.parametrize("sequences", [[0, 1, 2], [1], [2, 1, 0], [1, 2]])
+def test_select_stays_in_its_memory_but_leaves_a_lent_one(model, target, lent, sequences):
+    prompts = [(1, 2, 3, 4, 5), (6, 7), (8, 9, 10)]
+    cache, _ = prefilled(target, prompts, None, capacity=9)
+    cache.lent, store, before = lent, cache.keys, cache.keys.clone()
+    cache.select(sequences)
+    check_cache(cache, model, [prompts[i] for i in sequences])
+    assert (cache.keys.data_ptr() == store.data_ptr()) is not lent
+    assert cache.keys.is_contiguous()
+    assert not cache.lent
+    if lent:
+        assert torch.equal(store, before)
+
+
 def test_features_are_the_inputs_of_three_layers(model, target):
     assert target.feature_layers == (2, 4, 5)
     assert [default_feature_layers(n) for n in (6, 32, 30)] == [(2, 3, 3), (2, 16, 29), (2, 15, 27)]
