@@ -190,7 +190,7 @@ def main() -> None:
                     num_tokens, num_answers = num_tokens + len(tokens), num_answers + 1
                 seconds = time.perf_counter() - began
                 rate = num_tokens / seconds
-                sys.stderr.write(f"{num_answers:,} answers, {num_tokens:,} tokens, {rate:,.0f} tokens/s, T = {heat:g}\n")
+                sys.stderr.write(f"{num_answers:,} answers, {num_tokens:,} tokens, {rate:,.0f} tokens/s, T {heat:g}\n")
 
 
 if __name__ == "__main__":
