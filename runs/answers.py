@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+from transformers import LlamaForCausalLM
 
 from confu.load import encode_chat
 from confu.models import load_target_model
@@ -158,6 +159,12 @@ def main() -> None:
     options = parser.parse_args()
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     model, tokenizer = load_target_model(options.target, dtype=dtype, device=options.device)
+    config = model.config
+    is_plain = type(model) is LlamaForCausalLM and not (config.attention_bias or config.mlp_bias)
+    if not is_plain or not isinstance(config.eos_token_id, int):
+        parser.error(f"{options.target} is no Llama without biases and with one end token; use confu data regenerate.")
+    if options.max_prompt + options.max_new_tokens > config.max_position_embeddings:
+        parser.error(f"--max-prompt and --max-new-tokens leave the context of {config.max_position_embeddings} tokens.")
     torch.manual_seed(options.seed)
     rows = [json.loads(line) for line in options.prompts.open()]
     for row in rows:
