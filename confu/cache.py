@@ -185,7 +185,7 @@ class KVCache(Cache):
         """Keep only these sequences of the batch, in this order."""
         index = upload(sequences, self.keys.device)
         lengths, self.lengths = [self.lengths[i] for i in sequences], []
-        if self.lent or not (self.keys.is_contiguous() and self.values.is_contiguous()):
+        if self.lent:
             self.keys, self.values = self.keys.index_select(1, index), self.values.index_select(1, index)
             self.lent = False
         else:

@@ -17,15 +17,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 from transformers import LlamaForCausalLM
 
+from confu.attention import any_shape
 from confu.load import encode_chat
 from confu.models import load_target_model
 
-# cuDNN's would plan anew for every shape.
-KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 PIECE = 128  # keys; a graph for each multiple
 STEPS = 16  # decoded between two looks at who has ended
 ENOUGH = 0.9  # of a wave's answers ended: the others are cut off
@@ -38,8 +36,7 @@ class Wave:
         config, decoder = model.config, model.model
         self.layers, self.norm, self.eps = decoder.layers, decoder.norm.weight, decoder.norm.variance_epsilon
         self.embedding, self.head = decoder.embed_tokens.weight, model.lm_head.weight
-        self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
-        self.dim = config.hidden_size // self.heads
+        self.groups, self.dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
         self.eos = config.eos_token_id
         device = self.device = self.head.device
         places = torch.arange(longest, device=device)[None]
@@ -126,12 +123,12 @@ class Wave:
                 now.copy_(before)
         self.graphs[num_keys].replay()
 
-    def answer(self, prompts: list[list[int]], heat: float, most: int, chunk: int) -> list[list[int]]:
+    def answer(self, prompts: list[list[int]], heat: float, most: int, at_once: int = 128) -> list[list[int]]:
         """Token ids of every answer, its end token, if it came to one, included."""
         # A wave that is not full repeats its last prompt.
         prompts = prompts + prompts[-1:] * (len(self.rows) - len(prompts))
-        for first in range(0, len(prompts), chunk):
-            self.read(first, prompts[first : first + chunk])
+        for first in range(0, len(prompts), at_once):
+            self.read(first, prompts[first : first + at_once])
         self.heat.fill_(heat)
         self.ended.zero_()
         longest, drawn = max(map(len, prompts)), []
@@ -176,13 +173,13 @@ def main() -> None:
     longest = max(len(row["ids"]) for row in fitting) + options.max_new_tokens
     wave = Wave(model, size, longest=-(-longest // PIECE) * PIECE)
     began, num_tokens, num_answers = time.perf_counter(), 0, 0
-    with options.out.open("w") as out, torch.inference_mode(), sdpa_kernel(KERNELS):
+    with options.out.open("w") as out, torch.inference_mode(), any_shape(wave.device):
         for heat in options.temperature:
             for chunk in chunks:
                 if time.perf_counter() - began > options.seconds:
                     break
                 ids = [row["ids"] for row in chunk]
-                answers = wave.answer(ids, heat, options.max_new_tokens, 128)
+                answers = wave.answer(ids, heat, options.max_new_tokens)
                 kept = []
                 for answer in answers[: len(chunk)]:
                     end = answer.index(wave.eos) if wave.eos in answer else len(answer)

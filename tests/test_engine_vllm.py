@@ -1,15 +1,13 @@
 """The comparison of `make test-vllm`, without vLLM: what is exported, what agrees, and what does not."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import naive
 import pytest
+from scripts import load_script
 from tiny_data import byte_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
 FAKE = """
 import json, sys
 from pathlib import Path
@@ -25,9 +23,7 @@ Path(sys.argv[2]).write_text(json.dumps(answer | {"vllm": "none"}))
 @pytest.fixture
 def engine(tmp_path, monkeypatch, model):
     """The script with a stand-in for vLLM, a tiny draft, and prompts of its own; call it with vLLM's answer."""
-    spec = importlib.util.spec_from_file_location("engine_vllm", ROOT / "benchmarks" / "engine_vllm.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("benchmarks/engine_vllm.py")
     model.save_pretrained(tmp_path / "target")
     byte_tokenizer().save_pretrained(tmp_path / "target")
     draft = naive.build_draft(model, "eagle3", draft_vocab_size=48)

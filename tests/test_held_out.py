@@ -2,29 +2,20 @@
 
 import copy
 import dataclasses
-import importlib.util
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
+from scripts import load_script
 
 from confu.data.corpus import Corpus, collate
 from confu.data.documents import Document
 from confu.training.objective import losses
 
-SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "held_out.py"
-
 
 @pytest.fixture
 def held_out():
-    spec = importlib.util.spec_from_file_location("held_out", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["held_out"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["held_out"]
+    return load_script("benchmarks/held_out.py")
 
 
 @pytest.mark.parametrize("method", ["eagle3", "confu-head"])

@@ -1,14 +1,13 @@
 """What a text would go on with if it went on as before, where that is worth a round, and that it changes no text."""
 
-import importlib.util
 import math
-from pathlib import Path
 
 import naive
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scripts import load_script
 from test_drafter import Recorder, check_draft_cache
 
 from confu.config import SamplingConfig, TreeConfig
@@ -49,10 +48,7 @@ def test_what_followed_is_what_a_naive_search_finds(text, sizes, count, steps):
 
 
 def test_repetitions_are_counted_as_they_come():
-    path = Path(__file__).parent.parent / "benchmarks" / "repeats.py"
-    spec = importlib.util.spec_from_file_location("repeats", path)
-    repeats = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(repeats)
+    repeats = load_script("benchmarks/repeats.py")
     # behind "1 2" stood 3, behind "1 2 3" 4, behind "1 2 3 4" 1, where now 5 comes
     assert list(repeats.repetitions([1, 2, 3, 4, 1, 2], [3, 4, 5], 2)) == [(2, True), (3, True), (4, False)]
     assert list(repeats.repetitions([1, 2, 3], [4, 5], 2)) == []

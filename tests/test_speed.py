@@ -1,6 +1,5 @@
 """benchmarks/speed.py on a tiny target: every part leaves rows, once, and bad input is one sentence."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -8,25 +7,17 @@ from pathlib import Path
 import naive
 import pytest
 import torch
+from scripts import load_script
 from tiny_data import byte_tokenizer, tiny_llama
 
 from confu.models import load_target_model
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZES = "--repeats 2 --prompts 2 --new-tokens 5 --rows 1,4 --prefixes 24,9999 --batches 1,3 --trees 4x3"
 
 
 @pytest.fixture(scope="module")
 def speed():
-    spec = importlib.util.spec_from_file_location("speed", ROOT / "benchmarks" / "speed.py")
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["speed"] = module  # where its dataclass looks for its annotations
-    sys.path.insert(0, str(ROOT / "benchmarks"))  # as for a script
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(ROOT / "benchmarks"))
-    del sys.modules["speed"]
+    return load_script("benchmarks/speed.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Tables of training runs, of benchmark runs and of speed, from made-up rows."""
 
 import gzip
-import importlib.util
 import json
 import re
 import sys
@@ -9,19 +8,15 @@ from pathlib import Path
 
 import pytest
 from made_rows import results, row
+from scripts import ROOT, load_script
 
 from confu.bench.profile import PARTS
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
     """benchmarks/table.py in a checkout with no results but those of the test."""
-    spec = importlib.util.spec_from_file_location("table", ROOT / "benchmarks" / "table.py")
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("benchmarks/table.py")
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text("no tables\n")
     monkeypatch.setattr(module, "ROOT", tmp_path)
