@@ -17,6 +17,9 @@ from confu.training.track import TRACKERS
 
 T = TypeVar("T")
 
+MOST = 4096
+"""Nodes, levels or children of a tree; a number beyond it is a slip, and would only run out of memory."""
+
 FUTURE_FORMS = ("row", "kv", "input", "head")
 """How f enters the draft (METHOD 8, docs/training.md): a row of its own, keys and values projected from it, a third
 input of every row, or an addition to what the head reads."""
@@ -43,6 +46,8 @@ class TreeConfig:
     def __post_init__(self) -> None:
         for name in ("nodes", "depth", "topk"):
             _at_least(self, name, 1)
+            if getattr(self, name) > MOST:
+                raise ValueError(f"{name} is {getattr(self, name)}; give at most {MOST}.")
         if self.contemplate is not None:
             _at_least(self, "contemplate", 0)
         if self.lookup is not None:
@@ -183,7 +188,7 @@ class BenchConfig:
     batch_size: int = 1
     """Questions answered together."""
     seed: int = 0
-    """Seed of the draws; each question, turn, method and repeat has its own."""
+    """Seed of the draws; each question, turn and repeat has its own, and so has every other engine."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size"):

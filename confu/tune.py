@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -280,14 +281,32 @@ def write(folder: Path, decoder: Decoder, tuning: Tuning) -> Path:
         "commit": checkout()[0],
         "date": datetime.datetime.now(datetime.UTC).isoformat(),
     }
+
+    def put(path: Path) -> None:
+        document = {"schema_version": SCHEMA_VERSION, "machines": _machines(path) | {machine_key(decoder): entry}}
+        partial = path.with_suffix(".tmp")  # other machines' entries outlive an interrupt
+        partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+    return _first_writable(folder, put)
+
+
+def check_place(folder: Path) -> None:
+    """Raises ValueError where `write` could not keep a tuning."""
+
+    def put(path: Path) -> None:
+        _machines(path)
+        TemporaryFile(dir=path.parent).close()
+
+    _first_writable(folder, put)
+
+
+def _first_writable(folder: Path, put: Callable[[Path], None]) -> Path:
+    """The first place of a tuning at which this succeeds."""
     for path in _places(folder):
         with suppress(OSError):
-            machines = _machines(path) | {machine_key(decoder): entry}
-            document = {"schema_version": SCHEMA_VERSION, "machines": machines}
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".tmp")  # other machines' entries outlive an interrupt
-            partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-            partial.replace(path)
+            put(path)
             return path
     raise ValueError(f"Neither {folder} nor {cache_dir()} can be written to; name another folder in CONFU_CACHE.")
 

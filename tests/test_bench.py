@@ -627,10 +627,14 @@ def test_bad_results_are_one_sentence(measured, tmp_path):
             (folder / file.replace("_", ".")).write_text(text)
         return folder / "results.jsonl"
 
+    run = json.loads((measured / "run.json").read_text())
+    whole = json.loads((measured / "results.jsonl").read_text().splitlines()[0])
+    kinds = {"round_lengths": None, "token_ids": "x", "wall_seconds": "1", "task": 3, "repeat": [1], "turn": None}
+    odd = [(name, whole | {name: value}) for name, value in kinds.items()]
     for path, sentence in (
         (tmp_path / "results.jsonl", "give the results.jsonl of `confu bench`"),
         (broken("old", run_json='{"schema_version": 0}'), "has schema_version 0, but this version reads 1"),
-        (broken("bare", run_json='{"schema_version": 1}'), "run.json has no suite, .* date; give a folder as"),
+        (broken("bare", run_json='{"schema_version": 1}'), "run.json has no good suite, .* commits; give a folder as"),
         (broken("none", run_json="{"), "cannot be read"),
         (broken("half", results_jsonl=line()), "line 1 is no row of a benchmark"),
         (broken("without_answer", results_jsonl=line(error=None)), "line 1 is no row of a benchmark"),
@@ -639,6 +643,8 @@ def test_bad_results_are_one_sentence(measured, tmp_path):
         (broken("other", results_jsonl='{"schema_version": 1}\n'), "line 1 is no row of a benchmark"),
         (broken("newer", results_jsonl='{"schema_version": 2}\n'), "has schema_version 2"),
         (broken("noise", results_jsonl="\x00\n"), "line 1 is no row of a benchmark"),
+        (broken("methods", run_json=json.dumps(run | {"methods": {"plain": 3}})), "has methods that it does not desc"),
+        *((broken(f"kind-{name}", results_jsonl=f"{json.dumps(row)}\n"), "line 1 is no row") for name, row in odd),
     ):
         with pytest.raises(ValueError, match=sentence):
             read_results(path)

@@ -144,10 +144,13 @@ def test_a_run_that_is_not_finished_says_so(tmp_path):
     for name in ("confu", "peer"):
         del run.run["methods"][name]
     write_report(find(run, compare(run)), tmp_path)
-    assert "Not finished: questions asked, of 2 (repeats counted): eagle3 1." in (tmp_path / "report.md").read_text(
-        encoding="utf-8"
-    )
+    said = "Not finished: questions answered, of 2 (repeats counted): eagle3 1."
+    assert said in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert document(find(run, compare(run)))["unfinished"] == said
     run.rows.append(row("eagle3", "a2", 1.0, [2]))
+    run.rows.append(row("plain", "a2", 2.0, [1, 1], turn=1, top2_gaps=[1.0] * 3))
+    assert find(run, compare(run)).unfinished == said  # its second turn is lacking
+    run.rows.pop()
     write_report(find(run, compare(run)), tmp_path)
     assert "Not finished" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 

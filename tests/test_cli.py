@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import platform
 import resource
 import signal
 import subprocess
@@ -561,6 +562,17 @@ def test_closed_pipe_is_silent():
     process.stderr.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="set for GNU OpenMP on x86 alone")
+def test_threads_spin_briefly_unless_told_otherwise():
+    code = "import os, confu; print(os.environ.get('GOMP_SPINCOUNT'))"
+    for given, expected in (({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")):
+        bare = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+        run = [sys.executable, "-c", code]
+        assert (
+            subprocess.run(run, env=bare | given, capture_output=True, text=True, check=True).stdout == f"{expected}\n"
+        )
+
+
 # ---------------------------------------------------------------- tune
 
 
@@ -591,7 +603,14 @@ def test_what_tune_found_is_used(confu_run, home, monkeypatch):
         assert fixed["token_ids"] == tuned["token_ids"]
         without = json.loads(confu_run(*answer, "--lookup", "0")[1])
         assert without["tree"] == tuned["tree"] | {"lookup": 0}
-        assert json.loads(confu_run(*ANSWER, "--json", "--dtype", "bfloat16")[1])["tree"]["adaptive"] is False
+        _, out, err = confu_run(*ANSWER, "--dtype", "float32")
+        assert "not tuned" not in err
+        _, out, err = confu_run(*ANSWER, "--json", "--dtype", "bfloat16")
+        assert json.loads(out)["tree"]["adaptive"] is False
+        said = "Trees have their default size, which may not pay here: confu was not tuned for "
+        assert said in err
+        assert said not in confu_run(*ANSWER, "-q", "--dtype", "bfloat16")[2]
+        assert said not in confu_run(*ANSWER, "--dtype", "bfloat16", "--tree-nodes", "8")[2].replace("\n", " ")
         status, out, err = confu_run("tune", "confu", "--max-new-tokens", "8", "--dtype", "float32")
         assert status == 0
         assert "chosen: at most" in out

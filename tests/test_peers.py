@@ -11,7 +11,8 @@ import torch
 from test_bench import bench_run, home, settled  # noqa: F401 (fixtures)
 from tiny_data import taught_target
 
-from confu.bench.peer import PEERS, PeerEngine, PeerMissing
+from confu import WAITING
+from confu.bench.peer import PEERS, PeerEngine, PeerMissing, _ticks
 from confu.config import SamplingConfig
 
 pytestmark = pytest.mark.usefixtures("settled")
@@ -206,3 +207,27 @@ def test_what_a_peer_started_ends_with_it(tmp_path, monkeypatch):
     while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < deadline, "the worker lives on"
         time.sleep(0.05)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_peer_rests_before_the_next_is_measured(tmp_path, monkeypatch):
+    """vLLM's threads spin for a second behind an answer, which would slow whoever answers next."""
+    package = tmp_path / "vllm" / "__init__.py"
+    package.parent.mkdir()
+    text = STAND_INS["vllm/__init__.py"].replace('"0.1"', 'os.environ.get("GOMP_SPINCOUNT")')
+    spinning = """        until = time.monotonic() + 1
+        threading.Thread(target=lambda: [None for _ in iter(lambda: time.monotonic() < until, False)]).start()
+        class Answer"""
+    package.write_text(f"import os, threading, time\n{text.replace('        class Answer', spinning)}")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("GOMP_SPINCOUNT", WAITING["GOMP_SPINCOUNT"])  # ours, which is not for peers
+    engine = PeerEngine(sys.executable, "vllm_engine", SETTINGS | {"target": "t", "variant": "plain", "model": ""})
+    try:
+        assert engine.facts == {"vllm": None}
+        engine.answer([[1, 2]], SamplingConfig(max_new_tokens=2))
+        spent = _ticks(engine._process.pid)
+        assert spent >= 20  # it did spin, for some of that second
+        time.sleep(0.3)
+        assert _ticks(engine._process.pid) - spent <= 3
+    finally:
+        engine.close()

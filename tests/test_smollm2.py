@@ -9,6 +9,7 @@ import torch
 import confu
 from confu import linear
 from confu.config import SamplingConfig, TreeConfig
+from confu.costs import Costs
 from confu.linear import TileProduct, quantize
 from confu.load import encode_chat, load_decoder
 from confu.models import DEFAULT_TARGET, load_target_model
@@ -79,16 +80,26 @@ needs_tiles = pytest.mark.skipif(linear._tile_function() is None, reason="this p
 @needs_tiles
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_greedy_answers_in_bfloat16_are_those_of_plain_decoding_too(quantization):
-    """Alone and in batches, with contemplate rows and without: no rounding parts them."""
+    """Alone and in batches, with contemplate rows and without, trees of one size and adaptive ones: no rounding parts
+    them."""
     options = {"dtype": "bfloat16", "device": "cpu", "quantization": quantization}
     plain = load_decoder(None, target=DEFAULT_TARGET, **options)
     prompts = [encode_chat(plain.tokenizer, [{"role": "user", "content": text}]) for text in PROMPTS[:5]]
     sampling = SamplingConfig(max_new_tokens=48)
     answers = [plain.generate([prompt], sampling)[0].token_ids for prompt in prompts]
     few = TreeConfig(nodes=12, depth=8, topk=6, contemplate=1, lookup=1)
-    drafts = (("smollm2-135m-eagle3", TreeConfig()), ("smollm2-135m-confu", TreeConfig()), ("smollm2-135m-confu", few))
-    for draft, tree in drafts:
+    large = TreeConfig(nodes=64, depth=8, topk=4, contemplate=2, lookup=2)
+    costs = Costs(verify=((1, 6.2), (16, 7.2), (64, 16.0)), level=((1, 0.7), (16, 1.0)), commit=((1, 0.3),))
+    drafts = (
+        ("smollm2-135m-eagle3", TreeConfig(), None),
+        ("smollm2-135m-eagle3", large, costs),
+        ("smollm2-135m-confu", TreeConfig(), None),
+        ("smollm2-135m-confu", few, None),
+        ("smollm2-135m-confu", large, costs),
+    )
+    for draft, tree, prices in drafts:
         decoder = load_decoder(draft, **options, tree=tree)
+        decoder.costs = prices
         assert [decoder.generate([prompt], sampling)[0].token_ids for prompt in prompts] == answers
         assert [result.token_ids for result in decoder.generate(prompts, sampling)] == answers
 

@@ -62,7 +62,8 @@ class Comparison:
 
     @property
     def is_tested(self) -> bool:
-        return self.first_token_p is not None
+        """Whether samples are compared that are not the same, token for token, anyway."""
+        return self.first_token_p is not None and (self.num_compared == 0 or bool(self.differences))
 
     @property
     def is_other_distribution(self) -> bool:

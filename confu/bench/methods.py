@@ -136,6 +136,18 @@ def load_methods(
     return methods
 
 
+def mixed(methods: Sequence[Method]) -> str:
+    """A sentence where only some drafts have the trees that `confu tune` found, which compares unlike things."""
+    trained = [method for method in methods if method.facts["kind"] in TRAINED]
+    without = [method.name for method in trained if "costs" not in method.facts]
+    if not without or len(without) == len(trained):
+        return ""
+    return (
+        f"Trees of {' and '.join(without)} have the default size, those of the others are as `confu tune` found them; "
+        "tune all of them, or give all one tree (--tree-nodes)."
+    )
+
+
 def _facts(draft: Draft, tree: TreeConfig) -> dict[str, Any]:
     facts = {"engine": OURS, "kind": draft.kind, "sha256": draft.sha256}
     facts |= {"draft": Path(draft.path).name} if draft.path else {}

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from confu import WAITING
 from confu.bench.answers import Answer, DecoderEngine
 from confu.bench.methods import Draft, Method
 from confu.bench.results import REFERENCE
@@ -42,6 +44,8 @@ NEEDED = {
 }
 """Models beside the target that some of them read."""
 
+LOOK, PATIENCE = 0.1, 10.0  # seconds between two looks at a peer's processes, and until they may go on as they like
+
 
 class PeerMissing(RuntimeError):
     """A peer cannot run here; the message is one sentence."""
@@ -51,7 +55,8 @@ class PeerEngine:
     """A running peer. Raises PeerMissing when its environment lacks it, or it cannot load the model."""
 
     def __init__(self, python: str, adapter: str, settings: dict[str, Any]) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": str(settings["threads"])}
+        environment = {name: value for name, value in os.environ.items() if (name, value) not in WAITING.items()}
+        environment["OMP_NUM_THREADS"] = str(settings["threads"])
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process is)
         try:
             self._process = subprocess.Popen(
@@ -93,7 +98,20 @@ class PeerEngine:
         with suppress(BrokenPipeError):  # it has ended; what it said last is told below
             self._process.stdin.write(json.dumps({"prompt": prompt, **request}) + "\n")
             self._process.stdin.flush()
-        return Answer(**self._reply())
+        answer = Answer(**self._reply())
+        self._settle()
+        return answer
+
+    def _settle(self) -> None:
+        """Wait until its processes rest. Threads that spin for a while behind their work (vLLM's do for a second)
+        would slow whoever is measured next."""
+        deadline, before = time.monotonic() + PATIENCE, _ticks(self._process.pid)
+        while time.monotonic() < deadline:
+            time.sleep(LOOK)
+            now = _ticks(self._process.pid)
+            if now - before <= 1:
+                return
+            before = now
 
     def _reply(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -106,6 +124,17 @@ class PeerEngine:
         if "error" in reply:
             raise RuntimeError(reply["error"])
         return reply
+
+
+def _ticks(session: int) -> int:
+    """Processor time of a session's processes, in hundredths of a second; 0 where there is no /proc."""
+    total = 0
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # one that has ended
+            words = file.read_text().rpartition(")")[2].split()
+            if int(words[3]) == session:
+                total += int(words[11]) + int(words[12])
+    return total
 
 
 def check_peers(given: Sequence[str], drafts: Sequence[Draft]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from confu.bench.charts import draw
 from confu.bench.equality import Difference, gap_name
-from confu.bench.results import OURS, PLAIN, Results, cannot_write, make_folder
+from confu.bench.results import OURS, PLAIN, cannot_write, make_folder
 from confu.bench.simulate import elsewhere_table, prediction_table
 from confu.bench.tables import (
     Findings,
@@ -93,8 +93,7 @@ def _verdicts(findings: Findings) -> list[str]:
     own = [found for name, found in findings.compared.items() if run["methods"][name]["engine"] == OURS]
     compared = sum(found.num_compared for found in own)
     sentences = list(findings.failures)
-    if unfinished := _unfinished(findings.results):
-        sentences.append(unfinished)
+    sentences += [findings.unfinished] * bool(findings.unfinished)
     if not findings.failures and compared:
         differ, ties = sum(len(f.differences) for f in own), sum(d.is_tie for f in own for d in f.differences)
         if run["dtype"] == "float32" or differ == 0:
@@ -111,16 +110,6 @@ def _verdicts(findings: Findings) -> list[str]:
         which = f"that samples of {' and '.join(other)} differ" if other else "no difference"
         sentences.append(f"Two-sample tests find {which} from the plain target's samples.")
     return sentences + findings.errors + ratio_lines(findings)
-
-
-def _unfinished(results: Results) -> str:
-    """What an interrupted run still lacks; nothing of a whole one."""
-    asked = {name: set() for name in results.run["methods"]}
-    for row in results.rows:
-        asked[row["method"]].add((row["question"], row["repeat"]))
-    whole = results.run["num_questions"] * results.run["repeats"]
-    lacking = ", ".join(f"{name} {len(found)}" for name, found in asked.items() if len(found) < whole)
-    return f"Not finished: questions asked, of {whole} (repeats counted): {lacking}." if lacking else ""
 
 
 def _answers(findings: Findings) -> Iterator[str]:

@@ -23,12 +23,20 @@ OURS = "confu"  # the engine, beside those of peers
 REFERENCE = "eagle3-reference"  # the peer that says nothing about speed
 GROWING = ("methods", "num_questions", "repeats", "commits", "costs", "begun", "date")
 """What a later call may add to in run.json; all else must stay as it was begun."""
-SETTINGS = ("suite", "target", "dtype", "device", "temperature", "max_new_tokens", "batch_size", "seed",
-            "num_questions", "repeats", "methods", "machine", "commits", "date")  # fmt: skip
+SETTINGS = (
+    dict.fromkeys(("suite", "target", "dtype", "device", "date"), str)
+    | dict.fromkeys(("max_new_tokens", "batch_size", "seed", "num_questions", "repeats"), int)
+    | {"temperature": int | float, "methods": dict, "machine": dict, "commits": list}
+)
 """What run.json always holds."""
-MEASURED = ("prompt_tokens", "num_tokens", "token_ids", "text", "round_lengths", "round_accepted", "peak_bytes",
-            "wall_seconds", "prefill_seconds", "target_seconds", "draft_seconds")  # fmt: skip
-"""What a row holds beside its key, task and error, if it has an answer."""
+ASKED = {"question": str, "task": str, "turn": int, "method": str, "repeat": int, "error": str | None}
+"""What a row always holds."""
+MEASURED = (
+    {"prompt_tokens": int, "num_tokens": int, "text": str, "peak_bytes": int | None}
+    | dict.fromkeys(("token_ids", "round_lengths", "round_accepted"), list)
+    | dict.fromkeys(("wall_seconds", "prefill_seconds", "target_seconds", "draft_seconds"), int | float)
+)
+"""What a row holds beside that, if it has an answer. Its lists are of whole numbers."""
 
 Row = dict[str, Any]
 Key = tuple[str, int, str, int]
@@ -69,6 +77,22 @@ def read_results(path: Path) -> Results:
     if unknown := next((row["method"] for row in rows if row["method"] not in run["methods"]), None):
         raise ValueError(f"{path} has rows of {unknown}, which run.json beside it does not; give the two of one run.")
     return Results(run, rows)
+
+
+def unfinished(results: Results) -> str:
+    """What an interrupted run still lacks; nothing of a whole one."""
+    num_turns: dict[str, int] = {}
+    found: dict[tuple[str, str, int], int] = {}  # turns of a method's conversation
+    for row in results.rows:
+        num_turns[row["question"]] = max(num_turns.get(row["question"], 0), row["turn"] + 1)
+        conversation = row["method"], row["question"], row["repeat"]
+        found[conversation] = found.get(conversation, 0) + 1
+    whole = dict.fromkeys(results.run["methods"], 0)
+    for (method, question, _), count in found.items():
+        whole[method] += count == num_turns[question]
+    asked = results.run["num_questions"] * results.run["repeats"]
+    lacking = ", ".join(f"{name} {count}" for name, count in whole.items() if count < asked)
+    return f"Not finished: questions answered, of {asked} (repeats counted): {lacking}." if lacking else ""
 
 
 def make_folder(out: Path) -> None:
@@ -192,19 +216,21 @@ def _difference(name: str, before: Any, now: Any) -> str:
     return f"{name} {before!r}, not {now!r}"
 
 
-def _check_schema(path: Path, run: Any) -> None:
+def _check_schema(what: str, run: Any) -> None:
     found = run.get("schema_version") if isinstance(run, dict) else None
     if found != SCHEMA_VERSION:
         raise ValueError(
-            f"{path} has schema_version {found}, but this version reads {SCHEMA_VERSION}; measure again into another "
+            f"{what} has schema_version {found}, but this version reads {SCHEMA_VERSION}; measure again into another "
             "folder, or read it with the version that wrote it."
         )
 
 
 def _check_run(path: Path, run: Any) -> None:
-    _check_schema(path, run)
-    if missing := [name for name in SETTINGS if name not in run]:
-        raise ValueError(f"{path} has no {', '.join(missing)}; give a folder as `confu bench` left it.")
+    _check_schema(str(path), run)
+    if bad := [name for name, kind in SETTINGS.items() if not isinstance(run.get(name), kind)]:
+        raise ValueError(f"{path} has no good {', '.join(bad)}; give a folder as `confu bench` left it.")
+    if not all(isinstance(facts, dict) and "kind" in facts and "engine" in facts for facts in run["methods"].values()):
+        raise ValueError(f"{path} has methods that it does not describe; give a folder as `confu bench` left it.")
 
 
 def _parse(path: Path, data: bytes) -> tuple[list[Row], int]:
@@ -216,14 +242,24 @@ def _parse(path: Path, data: bytes) -> tuple[list[Row], int]:
             break
         try:
             row = json.loads(line)
-            _check_schema(path, row)
-            rows[key(row)] = row
-            for name in ("task", *(MEASURED if row["error"] is None else ())):
-                row[name]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError):
-            raise ValueError(f"{path}, line {number} is no row of a benchmark; remove that line.") from None
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            row = None
+        if isinstance(row, dict):
+            _check_schema(f"{path}, line {number}", row)
+        if not (isinstance(row, dict) and _is_whole(row)):
+            raise ValueError(f"{path}, line {number} is no row of a benchmark; remove that line.")
+        rows[key(row)] = row
         num_whole_bytes += len(line)
     return list(rows.values()), num_whole_bytes
+
+
+def _is_whole(row: Row) -> bool:
+    """Whether the row holds what it has to, each of its kind."""
+    kinds = ASKED | (MEASURED if row.get("error") is None else {})
+    return "error" in row and all(
+        isinstance(row.get(name), kind) and (kind is not list or all(isinstance(number, int) for number in row[name]))
+        for name, kind in kinds.items()
+    )
 
 
 def _write(path: Path, run: dict[str, Any]) -> None:

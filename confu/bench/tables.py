@@ -9,7 +9,7 @@ from typing import Any
 
 from confu.bench.equality import Comparison, Difference, failures, gap_name, unanswered
 from confu.bench.metrics import Interval, Summary, speed_ratio, summarise, tasks_of, tau_ratio
-from confu.bench.results import OURS, PLAIN, REFERENCE, Results
+from confu.bench.results import OURS, PLAIN, REFERENCE, Results, unfinished
 from confu.pages.page import NONE, number
 
 SHAPE = ("nodes", "depth", "topk", "lookup")  # the last one came later than some runs
@@ -50,6 +50,8 @@ class Findings:
     failures: list[str]
     errors: list[str]
     """Why answers failed, of the methods that have others."""
+    unfinished: str
+    """What an interrupted run still lacks, if it was one."""
     tau_ratios: dict[str, tuple[float, Interval]]
     """By the same tree, under "method / method": ConFu's tau over EAGLE-3's, and ours over the reference's."""
     speed_ratios: dict[str, dict[str, tuple[float, Interval]]]
@@ -73,6 +75,7 @@ def find(results: Results, compared: dict[str, Comparison]) -> Findings:
         compared=compared,
         failures=failures(results, compared),
         errors=unanswered(results, all_of_them=False),
+        unfinished=unfinished(results),
         tau_ratios=_tau_ratios(results),
         speed_ratios=_speed_ratios(results),
     )
@@ -107,6 +110,7 @@ def document(findings: Findings) -> dict[str, Any]:
         "differences": [{k: v for k, v in one.items() if k not in ("text", "plain_text")} for one in differences],
         "failures": findings.failures,
         "errors": findings.errors,
+        "unfinished": findings.unfinished or None,
     }
 
 

@@ -89,13 +89,20 @@ def load(
         raise ValueError("No draft was given; name one (`confu info` lists them), or add --no-draft.")
     with Stages(terminal) as progress:
         progress.wait("starting")
-        from confu.load import load_decoder, target_name, use_tuning
+        from confu.load import is_untrained, load_decoder, target_name, use_tuning
 
         name = target_name(draft, target)
         draft = None if no_draft else draft
         decoder = load_decoder(draft, target=name, tree=tree.config(), progress=progress, **dataclasses.asdict(compute))
-        if not tree.shaped:
-            use_tuning(decoder, draft)
+        tuned = tree.shaped or use_tuning(decoder, draft)
+    if draft is not None and not tuned and not is_untrained(draft):
+        from confu.tune import machine_key
+
+        terminal.say(
+            f"Trees have their default size, which may not pay here: {draft} was not tuned for {machine_key(decoder)} "
+            f"(`confu tune {draft}`).",
+            style="dim",
+        )
     computed = {
         "dtype": str(decoder.target.dtype).removeprefix("torch."),
         "device": str(decoder.target.device),

@@ -95,7 +95,7 @@ def bench(
     found = load_suite(suite, questions, limit)
     with Stages(terminal) as progress:
         progress.wait("starting")
-        from confu.bench.methods import choose_drafts, load_methods, sweep_trees
+        from confu.bench.methods import choose_drafts, load_methods, mixed, sweep_trees
         from confu.bench.peer import check_peers, open_peers
         from confu.bench.results import make_folder
         from confu.bench.run import describe, run_bench
@@ -108,6 +108,8 @@ def bench(
         make_folder(out)
         tuned = not (tree.shaped or sweep)
         loaded = load_methods(chosen, name, shape, sweep=trees, tuned=tuned, compute=compute, progress=progress)
+        if sentence := mixed(loaded):
+            terminal.complain(sentence)
         if profile:
             from confu.bench.profile import profile_methods
 
@@ -146,7 +148,7 @@ def show_results(terminal: Terminal, path: Path, out: Path) -> bool:
         for line in (*ratio_lines(findings), conditions(results)):
             terminal.say(line, style="dim")
         terminal.write(f"{report}\n")
-    for sentence in findings.failures + findings.errors:
+    for sentence in [*findings.failures, *findings.errors, *[findings.unfinished] * bool(findings.unfinished)]:
         terminal.complain(sentence)
     return not findings.failures
 

@@ -199,7 +199,7 @@ def report(
     ],
     out: Path | None = None,
     output: Output = OUTPUT,
-) -> None:
+) -> int:
     """Draw the curves of training runs, over one another, or the findings of a benchmark, into one page.
 
     Parameters
@@ -216,8 +216,7 @@ def report(
 
         if len(runs) > 1:
             raise ValueError(f"{len(runs)} runs were given; a benchmark's is reported alone.")
-        show_results(terminal, runs[0], out or runs[0].parent)
-        return
+        return 0 if show_results(terminal, runs[0], out or runs[0].parent) else 1  # as `confu bench` said
     from confu.training.report import read_runs, summary, write_report
 
     found = read_runs(runs)
@@ -226,3 +225,4 @@ def report(
         terminal.document(report=str(page), charts=list(map(str, charts)), runs=[summary(run) for run in found])
     else:
         terminal.write(f"{page}\n")
+    return 0

@@ -36,10 +36,11 @@ def tune(
         from confu import lossless
         from confu.load import encode_prompt, is_untrained
         from confu.models import draft_path
-        from confu.tune import ONLY_TRAINED, PROMPTS, machine_key, tune, write
+        from confu.tune import ONLY_TRAINED, PROMPTS, check_place, machine_key, tune, write
 
     if draft is None or is_untrained(draft):  # before a target is fetched
         raise ValueError(ONLY_TRAINED)
+    check_place(draft_path(draft))  # rather now than when all is measured
     decoder, names = load(terminal, draft, target, compute, TreeOptions(nodes=1))  # whatever was found before
     assert decoder.tokenizer is not None
     lines = [line for file in (lossless.PROMPTS, PROMPTS) for line in file.read_text(encoding="utf-8").splitlines()]
