@@ -116,9 +116,13 @@ def test_tuned_drafts_bring_their_trees(bench_run, home, tmp_path, monkeypatch):
         fixed = json.loads((tmp_path / "fixed" / "run.json").read_text())["methods"]["confu"]
         assert "costs" not in fixed
         assert fixed["tree"]["nodes"] == 8
+        (home / "confu" / "tuned.json").unlink()
+        said = "Trees of confu have the default size, those of the others are as `confu tune` found them; tune all"
+        assert said not in err
+        assert said in bench_run("eagle3", "confu", "--limit", "1", out=tmp_path / "mixed")[2]
     finally:
         for name in ("eagle3", "confu"):
-            (home / name / "tuned.json").unlink()
+            (home / name / "tuned.json").unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- what is measured
