@@ -52,7 +52,8 @@ def run(tmp_path):
     ("script", "environment"),
     [
         ("reproduce.sh", {"QUESTIONS": "q.jsonl", "LIMIT": "12"}),
-        ("reproduce.sh", {"RUNS": "t0.5 sweep", "PEERS": "--peer vllm=python,folder", "NEW_TOKENS": "64"}),
+        ("reproduce.sh", {"RUNS": "t0.5 sweep", "NEW_TOKENS": "64"}),
+        ("reproduce.sh", {"RUNS": "peers", "VLLM": "python", "LLAMA_CPP": "python,file.gguf"}),
         ("ablations.sh", {"DATA": "data.jsonl", "PROMPTS": "prompts.jsonl"}),
     ],
 )
@@ -65,14 +66,17 @@ def test_commands_are_known(run, script, environment):
     if script == "reproduce.sh" and "RUNS" not in environment:
         for option in ("--quantization", "--target"):
             assert [call[0] for call in calls if option in call] == ["tune", "tune", "bench"]
-    if "RUNS" in environment:
+    if environment.get("RUNS") == "peers":
+        peers = [word for word, before in zip(calls[-1][1:], calls[-1], strict=False) if before == "--peer"]
+        assert peers == ["llama.cpp=python,file.gguf", "transformers", "vllm=python,out/bench/vllm-eagle3"]
+    elif "RUNS" in environment:
         assert [call[call.index("--out") + 1] for call in calls] == ["out/bench/t0.5", "out/bench/sweep"]
 
 
 def test_a_run_that_is_not_known(run):
     status, calls, errors = run("reproduce.sh", RUNS="speed")
     assert (status, calls) == (2, [])
-    assert "RUNS names speed; give some of tuned, peers, unblocked, int8, t0" in errors
+    assert "RUNS names speed; give some of peers, tuned, unblocked, int8, t0" in errors
 
 
 def test_an_arm_that_is_not_known(run):
