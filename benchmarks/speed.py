@@ -9,6 +9,7 @@ plain     tokens per second without a draft: `model.generate` of transformers, a
 prefix    a round, of a tree and of one row, and the bytes of the cache, by the tokens before it
 batch     tokens per second of plain decoding and of drafts, by batch and tree; trees of a fixed shape and adaptive ones
 memory    peak of a fresh process that loads a draft with its target and answers, beside its weights and caches
+busy      tokens per second of fresh processes beside other work, by how long OpenMP's threads spin before they sleep
 quality   perplexity of the target on the repository's own pages, by dtype, with and without int8
 
 What is compared takes turns within one run. The rows of a part are appended to OUT/rows.jsonl when the part is done,
@@ -22,6 +23,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -60,6 +62,7 @@ CPU = torch.device("cpu")
 PREFIX = 256  # tokens before the forwards of `forward`
 TREE_NODES = 16  # of the tree of `prefix`
 WINDOW, MOST_WINDOWS = 512, 20
+SPINS, OTHERS = (300_000, 20_000, 5_000, 1_000), (0, 1, 2)  # the first is OpenMP's own; processes of other work
 FORWARDS = 5  # times as many repeats of single forwards, which are short
 
 
@@ -223,6 +226,43 @@ def alone(args: argparse.Namespace) -> Row:
     return {"before_bytes": before, "peak_bytes": peak_bytes(CPU), "cache_bytes": held}
 
 
+def busy(models: Models, args: argparse.Namespace) -> Iterator[Row]:
+    path = next(iter(args.drafts.values()))
+    command = [sys.executable, __file__, "--out", args.out, "--target", args.target, "--dtype", args.dtype,
+               "--new-tokens", str(args.new_tokens), "--answering", path]  # fmt: skip
+    found: dict[tuple[str, int, int], list[float]] = {}
+    for repeat, spin, others in itertools.product(range(args.repeats), SPINS, OTHERS):
+        work = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(others)]
+        try:
+            environment = os.environ | {"GOMP_SPINCOUNT": str(spin)}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        finally:
+            for process in work:
+                process.kill()
+                process.wait()
+        if done.returncode != 0:
+            raise ValueError(f"A process that answers beside others failed: {done.stderr.strip()[-500:]}")
+        for case, seconds in json.loads(done.stdout).items():
+            found.setdefault((case, spin, others), []).append(seconds)
+        sys.stderr.write(f"repeat {repeat}, spin {spin}, {others} beside: {done.stdout}\n")
+    for (case, spin, others), seconds in found.items():
+        yield {"case": case, "spin": spin, "others": others, "num_tokens": args.new_tokens, "seconds": seconds}
+
+
+def answering(args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of an answer by plain decoding and by a draft, each behind one that warms up."""
+    tree = TreeConfig(nodes=12, depth=4, topk=6, contemplate=0)
+    drafted = load_decoder(args.answering, target=args.target, dtype=args.dtype, device="cpu", tree=tree)
+    prompt = [token % drafted.target.vocab_size for token in range(2, 66)]
+    seconds = {}
+    for case, decoder in (("plain", Decoder(drafted.target, None, drafted.tokenizer)), ("draft", drafted)):
+        answer(decoder, [prompt], 8)
+        began = time.perf_counter()
+        answer(decoder, [prompt], args.new_tokens)
+        seconds[case] = time.perf_counter() - began
+    return seconds
+
+
 def quality(models: Models, args: argparse.Namespace) -> Iterator[Row]:
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
@@ -268,7 +308,7 @@ def answer(decoder: Decoder, prompts: Sequence[list[int]], new_tokens: int, repe
 
 
 PARTS: dict[str, Callable[[Models, argparse.Namespace], Iterator[Row]]] = {
-    part.__name__: part for part in (forward, plain, prefix, batch, memory, quality)
+    part.__name__: part for part in (forward, plain, prefix, batch, memory, busy, quality)
 }
 
 
@@ -276,8 +316,8 @@ PARTS: dict[str, Callable[[Models, argparse.Namespace], Iterator[Row]]] = {
 def main() -> None:
     args = parse()
     try:
-        if args.alone:
-            sys.stdout.write(json.dumps(alone(args)))
+        if args.alone or args.answering:
+            sys.stdout.write(json.dumps(alone(args) if args.alone else answering(args)))
         else:
             run(args)
     except (ValueError, OSError, ModelUnavailable) as error:
@@ -339,6 +379,7 @@ def parse() -> argparse.Namespace:
     add("--trees", type=trees, default=trees("4x3,8x4,16x5,30x6"), help="nodes x depth, for batch")
     add("--contemplate", type=int, help="nodes with a contemplate row, for batch; default: every node")
     add("--alone", help=argparse.SUPPRESS)  # the process that `memory` starts
+    add("--answering", help=argparse.SUPPRESS)  # and the one that `busy` does
     args = parser.parse_args()
     args.drafts = {name or path: path for name, _, path in (text.rpartition("=") for text in args.drafts)}
     return args

@@ -5,7 +5,7 @@
 
 ``<!-- tau:NAME -->`` ... ``<!-- /tau -->`` is filled from benchmarks/results/NAME, ``<!-- bench:NAME -->`` ...
 ``<!-- /bench -->`` from the run of `confu bench` kept there (``bench:A,B,...``: runs side by side;
-``bench-overall:NAME``: its first table alone),
+``bench-overall:NAME,...``: without tasks, other engines and predictions),
 ``<!-- runs:A,B,... -->`` ... ``<!-- /runs -->`` from the runs A, B, ... (``runs-end:``: how they ended),
 ``<!-- training-table -->`` ... ``<!-- /training-table -->`` from all runs that are folders, ``<!-- speed:NAME -->`` ...
 ``<!-- /speed -->`` from benchmarks/results/speed/NAME (what `speed.py` left there), ``<!-- throughput -->`` ...
@@ -40,6 +40,7 @@ from confu.bench.tables import (
     Table,
     by_task_table,
     conditions,
+    counted,
     engines_table,
     equality_cells,
     equality_header,
@@ -62,7 +63,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 DRAFTS = ROOT / "confu" / "drafts"
 TAU = re.compile(r"(<!-- tau:([\w.-]+) -->\n).*?(<!-- /tau -->)", re.DOTALL)
 BENCH = re.compile(r"(<!-- bench:([\w.,-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
-OVERALL = re.compile(r"(<!-- bench-overall:([\w.-]+) -->\n).*?(<!-- /bench-overall -->)", re.DOTALL)
+OVERALL = re.compile(r"(<!-- bench-overall:([\w.,-]+) -->\n).*?(<!-- /bench-overall -->)", re.DOTALL)
 RUNS = re.compile(r"(<!-- runs(-end)?:([\w,-]+) -->\n).*?(<!-- /runs -->)", re.DOTALL)
 EVALUATIONS = re.compile(r"(<!-- evaluations:([\w-]+) -->\n).*?(<!-- /evaluations -->)", re.DOTALL)
 THROUGHPUT = re.compile(r"(<!-- throughput -->\n).*?(<!-- /throughput -->)", re.DOTALL)
@@ -92,7 +93,7 @@ def filled(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     text = TAU.sub(lambda found: found[1] + table(RESULTS / found[2]) + found[3], text)
     text = BENCH.sub(lambda found: found[1] + bench(found[2].split(",")) + found[3], text)
-    text = OVERALL.sub(lambda found: found[1] + bench([found[2]], in_full=False) + found[3], text)
+    text = OVERALL.sub(lambda found: found[1] + bench(found[2].split(","), in_full=False) + found[3], text)
     text = RUNS.sub(lambda found: found[1] + runs(found[3].split(","), QUARTERS[found[2]]) + found[4], text)
     text = EVALUATIONS.sub(lambda found: found[1] + evaluations(found[2]) + found[3], text)
     text = SPEED.sub(lambda found: found[1] + speed(RESULTS / "speed" / found[2]) + found[3], text)
@@ -151,7 +152,7 @@ def bench(names: list[str], *, in_full: bool = True) -> str:
     for name in names:
         results = read_results(RESULTS / name / "results.jsonl.gz")
         found.append(find(results, compare(results)))
-    if not in_full:
+    if len(found) == 1 and not in_full:
         tables = [overall_table(found[0]), ratio_table(found[0])]
     elif len(found) == 1:
         tables = [
@@ -162,7 +163,8 @@ def bench(names: list[str], *, in_full: bool = True) -> str:
             by_task_table(found[0], "Tau by task", "mean_acceptance_length"),
         ]
     else:
-        tables = [side_by_side(found), *map(ratio_table, found), *map(prediction_table, found)]
+        tables = [side_by_side(found), *map(ratio_table, found)]
+        tables += map(prediction_table, found if in_full else [])
     parts = [part for table in tables if table.rows for part in (f"{table.caption}:", table.markdown())]
     notes = [line for one in found for line in (*ratio_lines(one), conditions(one.results))]
     return "\n\n".join([*parts, *notes]) + "\n"
@@ -172,7 +174,7 @@ def side_by_side(found: list[Findings]) -> Table:
     header = ["method"]
     for one in found:
         temperature = f"T={one.results.run['temperature']:g}"
-        header += [f"{temperature}: speed-up", "tau", *equality_header(one.results)]
+        header += [f"{temperature}: speed-up", "tau", *equality_header(one)]
     rows = []
     for name in dict.fromkeys(name for one in found for name in one.overall):
         cells = [name]
@@ -331,7 +333,7 @@ def speed(folder: Path) -> str:
     by_conditions: dict[str, list[str]] = {}
     for part in dict.fromkeys(row["part"] for row in rows):
         how, machine = run[part], run[part]["machine"]
-        contemplate = "every node" if how["contemplate"] is None else f"{how['contemplate']} nodes"
+        contemplate = "every node" if how["contemplate"] is None else counted(how["contemplate"], "node")
         said = (
             f"{how['target']} in {how['dtype']}, answers of {how['new_tokens']} tokens, {how['repeats']} repeats, "
             f"contemplate rows for {contemplate}; {machine['cpu']}, {machine['threads']} of "
@@ -410,6 +412,17 @@ def memory_table(rows: list[dict[str, Any]]) -> Table:
     return Table("Memory of a fresh process beyond its imports, mapped weight files included, MB", header, lines)
 
 
+def busy_table(rows: list[dict[str, Any]]) -> Table:
+    spins = list(dict.fromkeys(row["spin"] for row in rows))
+    rates = {(row["case"], row["others"], row["spin"]): row["num_tokens"] / median(row["seconds"]) for row in rows}
+    lines = [
+        [case, str(others), *(f"{rates[case, others, spin]:.1f}" for spin in spins)]
+        for case, others in dict.fromkeys((row["case"], row["others"]) for row in rows)
+    ]
+    caption = "Tokens per second beside busy processes, by how often OpenMP's threads look before they sleep"
+    return Table(caption, ["decoding", "busy processes", *(f"{spin:,}" for spin in spins)], lines)
+
+
 def quality_table(rows: list[dict[str, Any]]) -> Table:
     exact = rows[0]["nll"]
     lines = []
@@ -441,6 +454,7 @@ SPEED_TABLES = {
     "prefix": prefix_table,
     "batch": batch_table,
     "memory": memory_table,
+    "busy": busy_table,
     "quality": quality_table,
 }
 

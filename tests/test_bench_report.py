@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from made_rows import TREE, results, row
-from test_report import SVG, Page
+from test_report import SVG, Page, parts, texts
 
 from confu.bench.charts import draw
 from confu.bench.equality import compare
@@ -198,13 +198,9 @@ def test_sweep_draws_speed_over_the_setting_of_most_values():
     run = results(rows, **points)
     findings = find(run, {})
     charts = draw(findings)
-    speed = ET.fromstring(charts["sweep-speedup"])
-    assert [t.text for t in speed.findall(".//svg:text", SVG) if t.get("class") is None] == [
-        "confu contemplate=0",
-        "confu contemplate=2",
-        "eagle3",
-    ]
-    assert "from 0.5 at 4 to 2 at 16" in speed.find("svg:desc", SVG).text
+    names = ["confu contemplate=0", "confu contemplate=2", "eagle3"]
+    assert texts(charts["sweep-speedup"], "legend-") == names
+    assert "from 0.5 at 4 to 2 at 16" in ET.fromstring(charts["sweep-speedup"]).find("svg:desc", SVG).text
     shown = ET.fromstring(charts["speedup"]).find("svg:desc", SVG).text
     assert "n16 c0 2.00" in shown  # the fastest tree stands for its draft
     assert "n4" not in shown
@@ -213,24 +209,33 @@ def test_sweep_draws_speed_over_the_setting_of_most_values():
 # ---------------------------------------------------------------- bars
 
 
+def span_of(group: ET.Element) -> tuple[float, float]:
+    """From where to where a part reaches."""
+    x = [float(x) for x in re.findall(r"[ML] ([-\d.]+) [-\d.]+", group.find("svg:path", SVG).get("d"))]
+    return min(x), max(x)
+
+
 def test_bars_are_to_scale():
     bars = [Bars("a", [2.0, 1.0], [(1.0, 3.0), None]), Bars("b", [None, 4.0])]
-    root = ET.fromstring(bar_chart("k", "Speed", "x", ["one", "two"], bars, mark=1.0))
-    widths = [float(r.get("width")) for r in root.findall("svg:rect", SVG)]
-    mark = float(root.find("svg:line[@class='mark']", SVG).get("x1"))
-    assert widths[:3] == pytest.approx([2 * mark, mark, 4 * mark], abs=0.15)
-    whisker = root.find("svg:path[@class='whisker']", SVG).get("d")
-    low, high = re.match(r"M([\d.]+) [\d.]+H([\d.]+)", whisker).groups()
-    assert (float(low), float(high)) == pytest.approx((mark, 3 * mark), abs=0.15)
-    assert root.find("svg:desc", SVG).text == "x. one: a 2.00; two: a 1.00, b 4.00."
+    svg = bar_chart("k", "Speed", "x", ["one", "two"], bars, mark=1.0)
+    (mark,) = parts(svg, "mark")
+    one = span_of(mark)[0]
+    drawn = {group.get("id"): span_of(group) for group in parts(svg, "bar-")}
+    assert drawn.keys() == {"k-bar-0-0", "k-bar-0-1", "k-bar-1-1"}
+    assert [drawn[name][0] for name in sorted(drawn)] == [0, 0, 0]
+    assert [drawn[name][1] for name in sorted(drawn)] == pytest.approx([2 * one, one, 4 * one], abs=0.1)
+    (whisker,) = parts(svg, "whisker-0-0")
+    assert span_of(whisker) == pytest.approx((one, 3 * one), abs=0.1)
+    assert ET.fromstring(svg).find("svg:desc", SVG).text == "x. one: a 2.00; two: a 1.00, b 4.00."
+    assert [text for text in texts(svg) if "." in text] == ["2.00", "1.00", "4.00"]
 
 
 def test_stacked_bars_follow_one_another():
-    root = ET.fromstring(bar_chart("k", "Time", "ms", ["m"], [Bars("a", [1.0]), Bars("b", [3.0])], stacked=True))
-    first, second, *_ = root.findall("svg:rect", SVG)
-    assert float(second.get("x")) == float(first.get("width"))
-    assert float(second.get("width")) == pytest.approx(3 * float(first.get("width")), abs=0.15)
-    assert "4.00" in [t.text for t in root.findall("svg:text", SVG)]
+    svg = bar_chart("k", "Time", "ms", ["m"], [Bars("a", [1.0]), Bars("b", [3.0])], stacked=True)
+    first, second = map(span_of, parts(svg, "bar-"))
+    assert second[0] == first[1]
+    assert second[1] - second[0] == pytest.approx(3 * (first[1] - first[0]), abs=0.1)
+    assert "4.00" in texts(svg)
 
 
 # ---------------------------------------------------------------- a browser

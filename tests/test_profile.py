@@ -145,7 +145,7 @@ def test_choosing_the_size_is_a_part_where_trees_adapt(model, drafts, adaptive):
     clock = Clock(target.device)
     with wrapped(decoder, clock.wrap):
         decoder.generate([PROMPT], SamplingConfig(max_new_tokens=9))
-    assert (clock.seconds["draft grow", "size"] > 0) == adaptive
+    assert (clock.seconds["draft grow", "choice"] > 0) == adaptive
     assert clock.seconds["draft grow", "products"] > 0
 
 

@@ -1,6 +1,7 @@
 """benchmarks/speed.py on a tiny target: every part leaves rows, once, and bad input is one sentence."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -40,8 +41,24 @@ def test_every_part_leaves_its_rows_once(speed, folder, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", words(folder, "--parts", "forward,plain"))
     speed.main()
     first = (folder / "out" / "rows.jsonl").read_text()
+    start = subprocess.run
+
+    def run_here(command: list[str], **options):
+        """The processes of `busy` load nothing that is not loaded here."""
+        if "--answering" not in command:
+            return start(command, **options)
+        asked.append(options["env"]["GOMP_SPINCOUNT"])
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", command[1:])
+            return subprocess.CompletedProcess(command, 0, json.dumps(speed.answering(speed.parse())), "")
+
+    asked: list[str] = []
+    monkeypatch.setattr(subprocess, "run", run_here)
+    monkeypatch.setattr(speed, "SPINS", (300_000, 5_000))
+    monkeypatch.setattr(speed, "OTHERS", (0, 1))
     monkeypatch.setattr(sys, "argv", words(folder))
     speed.main()
+    assert asked == ["300000", "300000", "5000", "5000"] * 2
     assert "plain: has rows in" in capsys.readouterr().err
     text = (folder / "out" / "rows.jsonl").read_text()
     assert text.startswith(first)
@@ -74,6 +91,9 @@ def test_every_part_leaves_its_rows_once(speed, folder, monkeypatch, capsys):
     weights = sum(p.numel() for p in tiny_llama().parameters())
     assert 4 * weights < alone["weight_bytes"] < 8 * weights
     assert alone["peak_bytes"] > alone["before_bytes"] > 0
+    beside = [(case, spin, others) for spin in (300_000, 5_000) for others in (0, 1) for case in ("plain", "draft")]
+    assert sorted(keys("busy", "case", "spin", "others")) == sorted(beside)
+    assert {len(row["seconds"]) for row in of["busy"]} == {2}
     run = json.loads((folder / "out" / "run.json").read_text())
     assert list(run) == list(speed.PARTS)
     assert (run["plain"]["target"], run["plain"]["drafts"]) == ("target", ["mine"])  # no folders of ours

@@ -27,7 +27,7 @@ def draw(findings: Findings) -> dict[str, str]:
     for field, title, label in FIELDS:
         if bars := _by_task(findings, [name for name in shown if name in findings.speculative], field):
             key, mark = field.replace("_", "-"), 1.0 if field == "speedup" else None
-            charts[key] = bar_chart(key, title, label, ["all tasks", *findings.by_task], bars, mark=mark)
+            charts[key] = bar_chart(key, title, label, _groups(findings), bars, mark=mark)
     if speculative:
         lines = [
             Series(name, range(1, len(found.acceptance_per_depth[:DEEPEST]) + 1), found.acceptance_per_depth[:DEEPEST])
@@ -50,6 +50,12 @@ def draw(findings: Findings) -> dict[str, str]:
             stacked=True,
         )
     return charts | _sweep_charts(findings)
+
+
+def _groups(findings: Findings) -> list[str]:
+    """All tasks and each, with how many questions they stand for."""
+    found = {"all tasks": findings.overall, **findings.by_task}
+    return [f"{name} ({max(one.num_questions for one in summaries.values())})" for name, summaries in found.items()]
 
 
 def _fastest(findings: Findings) -> list[str]:

@@ -44,9 +44,11 @@ from confu.target import Target
 from confu.verify import Sampler
 
 TRACED = 5  # rounds
+DECISIONS = ("deeper", "nodes", "rests", "chain_nodes", "note", "note_chains", "resize")
+"""Of `Budget`: tree, chain or rest, how large, and what it learns."""
 
 LAYERS, PRODUCTS, ATTENTION, ROWS = "layers at once", "products", "attention", "rows"
-WRITES, LOGITS, SIZE = "keys and values", "logits", "size"
+WRITES, LOGITS, CHOICE = "keys and values", "logits", "choice"
 TARGET, DRAW, KEEP, COMMIT, LOOK, GROW, HOST = (
     "target",
     "draw and walk",
@@ -57,10 +59,14 @@ TARGET, DRAW, KEEP, COMMIT, LOOK, GROW, HOST = (
     "bookkeeping",
 )
 REST, LOOP = "rest", "loop"
-INSIDE = {TARGET: (LAYERS, PRODUCTS, ATTENTION, ROWS, WRITES, LOGITS, REST), GROW: (LAYERS, PRODUCTS, SIZE, REST)}
+INSIDE = {
+    TARGET: (LAYERS, PRODUCTS, ATTENTION, ROWS, WRITES, LOGITS, REST),
+    LOOK: (CHOICE, REST),
+    GROW: (LAYERS, PRODUCTS, CHOICE, REST),
+}
 PARTS = [
     f"{step}: {part}" if part else step
-    for step in (TARGET, DRAW, KEEP, COMMIT, LOOK, GROW, HOST, LOOP)
+    for step in (TARGET, DRAW, KEEP, COMMIT, CHOICE, LOOK, GROW, HOST, LOOP)
     for part in INSIDE.get(step, ("",))
 ]
 """In the order of a round. What a step does beside its named parts is its rest; what lies between the steps, the
@@ -232,7 +238,7 @@ def wrapped(decoder: Decoder, wrap: Wrap) -> Iterator[None]:
     ]
     if decoder.drafter is not None:
         named += [(COMMIT, type(decoder.drafter), ("commit",)), (GROW, type(decoder.drafter), ("grow",))]
-        named += [(SIZE, Budget, ("deeper", "nodes")), (LOOK, Drafting, ("_repeats",)), (LOOK, drafter, ("chains",))]
+        named += [(LOOK, Drafting, ("_repeats",)), (LOOK, drafter, ("chains",)), (CHOICE, Budget, DECISIONS)]
     places += [(owner, name, wrap(part, getattr(owner, name))) for part, owner, names in named for name in names]
     before = [(owner, name, vars(owner).get(name)) for owner, name, _ in places]
     try:

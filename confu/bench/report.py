@@ -77,10 +77,23 @@ def _page(findings: Findings) -> str:
         page.table(overall.caption, overall.header, overall.rows),
         page.note(conditions(findings.results)),
         page.figures(list(draw(findings).values())),
+        *_which_trees(findings),
         *_answers(findings),
         *_parted(findings),
         page.details("The numbers", *(page.table(t.caption, t.header, t.rows) for t in _tables(findings) if t.rows)),
     )
+
+
+def _which_trees(findings: Findings) -> list[str]:
+    """What a reader of a sweep's charts must know."""
+    if not any("swept" in facts for facts in findings.results.run["methods"].values()):
+        return []
+    return [
+        page.note(
+            "Of each draft the charts show the tree of most tokens per second, but for those over a setting. Trees of "
+            "other sizes have other tau: which draft is accepted more by the same tree, the ratios say."
+        )
+    ]
 
 
 def _title(findings: Findings) -> str:

@@ -116,7 +116,7 @@ def document(findings: Findings) -> dict[str, Any]:
 
 def overall_table(findings: Findings) -> Table:
     header = ["method", "tokens/s", "without prefill", "speed-up", "95 %", "tau", "95 %",
-              *equality_header(findings.results), "failed"]  # fmt: skip
+              *equality_header(findings), "failed"]  # fmt: skip
     speculative = findings.speculative
     rows = [
         [
@@ -298,8 +298,10 @@ def versions(run: dict[str, Any]) -> str:
     return kind + ", ".join(commits)
 
 
-def equality_header(results: Results) -> list[str]:
-    return ["differ"] if results.run["temperature"] == 0 else ["differ", "p: token, length"]
+def equality_header(findings: Findings) -> list[str]:
+    """With a column for two-sample tests where there are any."""
+    tested = any(found.is_tested for found in findings.compared.values())
+    return ["differ", "p: token, length"] if tested else ["differ"]
 
 
 def equality_cells(findings: Findings, method: str) -> list[str]:
@@ -307,7 +309,7 @@ def equality_cells(findings: Findings, method: str) -> list[str]:
     ties = sum(difference.is_tie for difference in found.differences)
     rest = f" ({ties} at a tie)" if ties else ""
     differ = f"{len(found.differences)} of {found.num_compared}{rest}" if found.num_compared else NONE
-    if findings.results.run["temperature"] == 0:
+    if len(equality_header(findings)) == 1:
         return [differ]
     return [differ, f"{found.first_token_p:.2g}, {found.length_p:.2g}" if found.is_tested else NONE]
 

@@ -1,42 +1,56 @@
-"""Line and bar charts as SVG text: no plotting library, no script, the same bytes for the same numbers.
+"""Line and bar charts by matplotlib, as SVG text for a page: no script, the same bytes for the same numbers.
 
-Colours are CSS variables, so that one drawing serves light and dark pages. ``CSS`` belongs once on a page that shows
-charts inline; `standalone` puts it into the drawing itself, for a file.
+matplotlib draws in stand-in colours, which become CSS variables, so that one drawing serves light and dark pages; its
+text stays text. ``palette.CSS`` belongs once on a page that shows charts inline; `standalone` puts it into the drawing
+itself, for a file.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import io
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
-# Contrast with the background is 4.5 or more in either scheme; a dash pattern says the same without colour.
-LIGHT = ("#0065a3", "#b34700", "#00734f", "#9b2d7f", "#7a5900", "#5b5b5b", "#b3263a")
-DARK = ("#62b5f0", "#ff9c63", "#3fcf9f", "#ef9ad6", "#e3bf4b", "#b5b5b5", "#ff8f96")
-DASHES = ("none", "7 3", "2 3", "9 3 2 3")
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import EngFormatter, MaxNLocator, ScalarFormatter
+
+from confu.pages.palette import CSS, LIGHT
+
+DASHES: tuple[Any, ...] = ("solid", (0, (4, 2)), (0, (1, 2)), (0, (5, 2, 1, 2)))
 MAX_SERIES = 12  # more than that nobody can tell apart
 
-WIDTH, LEFT, RIGHT, TOP, PLOT_HEIGHT, LINE = 380, 44, 14, 34, 190, 18
+WIDTH, LEFT, RIGHT, TOP, PLOT_HEIGHT, LINE = 380, 44, 14, 30, 190, 18  # pixels
 CHARACTER = 7.2  # width of a character of the 12 px type, on the wide side
+NUMBER = 44  # room for the numbers behind bars
+BAR, STACK, HEADING, BETWEEN = 11, 14, 17, 9  # heights in a bar chart
+LONGEST_NAME = 48  # characters in a legend
+DOTTED = 25  # points of a line that are shown one by one
 
-
-def _variables(colours: Sequence[str], page: str, ink: str, soft: str, grid: str) -> str:
-    series = "".join(f"--series-{i}:{colour};" for i, colour in enumerate(colours))
-    return f"--page:{page};--ink:{ink};--soft:{soft};--grid:{grid};{series}"
-
-
-CSS = (
-    f":root{{{_variables(LIGHT, '#ffffff', '#1c1f23', '#53585f', '#dfe2e6')}}}"
-    f"@media(prefers-color-scheme:dark){{:root{{{_variables(DARK, '#16191d', '#e8eaed', '#a9b0b8', '#3a4048')}}}}}"
-    ".chart{font:12px system-ui,sans-serif;fill:var(--ink)}"
-    ".chart .title{font-size:14px;font-weight:600}.chart .soft{fill:var(--soft)}"
-    ".chart .value{fill:var(--soft);paint-order:stroke;stroke:var(--page);stroke-width:3px}"
-    ".chart .grid{stroke:var(--grid);stroke-width:1}"
-    ".chart .line{fill:none;stroke-width:1.8;stroke-linejoin:round}"
-    ".chart .whisker{stroke:var(--ink);stroke-width:1.4;fill:none}"
-    ".chart .mark{stroke:var(--ink);stroke-width:1;stroke-dasharray:4 3}"
-)
+# Stand-ins: colours that become variables.
+INK, SOFT, GRID, PAGE = "#010101", "#020202", "#030303", "#040404"
+VARIABLES = {INK: "--ink", SOFT: "--soft", GRID: "--grid", PAGE: "--page"}
+VARIABLES |= {f"#0501{number:02x}": f"--series-{number}" for number in range(len(LIGHT))}
+STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 12,
+    "text.color": INK,
+    "xtick.labelcolor": SOFT,
+    "ytick.labelcolor": SOFT,
+    "xtick.major.size": 0,
+    "xtick.major.pad": 7,
+    "ytick.major.size": 0,
+    "axes.axisbelow": True,
+    "axes.edgecolor": GRID,
+    "grid.color": GRID,
+    "lines.linewidth": 1.8,
+}
 
 
 @dataclass(frozen=True)
@@ -56,36 +70,34 @@ def line_chart(key: str, title: str, x_label: str, series: Sequence[Series]) -> 
     least one point is needed.
     """
     shown = [(number, line) for number, line in enumerate(series) if line.x]
-    x_high = max(x for _, line in shown for x in line.x) or 1
-    y_values = [y for _, line in shown for y in line.y]
-    x_ticks, y_ticks = _ticks(0, x_high), _ticks(min(y_values), max(y_values), enclosing=True)
-    if all(float(x).is_integer() for _, line in shown for x in line.x):  # what is counted has no halves
-        x_ticks = [tick for tick in x_ticks if tick.is_integer()]
-    bottom = TOP + PLOT_HEIGHT
-
-    def px(x: float) -> float:
-        return LEFT + x / x_high * (WIDTH - LEFT - RIGHT)
-
-    def py(y: float) -> float:
-        return bottom - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * PLOT_HEIGHT
-
-    parts = [f'<text class="title" x="0" y="14">{escape(title)}</text>']
-    for tick, text in zip(y_ticks, _tick_texts(y_ticks), strict=True):
-        y = f"{py(tick):.1f}"
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text class="soft" x="{LEFT - 6}" y="{y}" dy="4" text-anchor="end">{text}</text>')
-    for tick, text in zip(x_ticks, _tick_texts(x_ticks), strict=True):
-        anchor = "end" if px(tick) + len(text) * CHARACTER / 2 > WIDTH else "middle"
-        x = f"{px(tick) if anchor == 'middle' else WIDTH:.1f}"
-        parts.append(f'<text class="soft" x="{x}" y="{bottom + LINE}" text-anchor="{anchor}">{text}</text>')
-    parts.append(f'<text class="soft" x="{LEFT}" y="{bottom + 2 * LINE}">{escape(x_label)}</text>')
-    for number, line in shown:
-        parts += _line(line, number, px, py)
-    legend, height = [], bottom + 2 * LINE + 8
-    if len(series) > 1:
-        legend, height = _legend([(line.name, _line_sample(number)) for number, line in shown], bottom + 3 * LINE + 4)
-    head = _head(key, title, _description([line for _, line in shown], x_label), height)
-    return "\n".join([head, *parts, *legend, "</svg>"])
+    names = [(number, line.name) for number, line in shown] if len(series) > 1 else []
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _drawing(title, x_label, left=LEFT, right=RIGHT, height=PLOT_HEIGHT, names=names, bars=False)
+        for number, line in shown:
+            (drawn,) = axes.plot(
+                list(line.x),
+                list(line.y),
+                color=_colour(number),
+                linestyle=DASHES[number % len(DASHES)],
+                marker="o" if len(line.x) <= DOTTED else None,
+                markersize=5.5,
+                clip_on=False,
+            )
+            drawn.set_gid(f"line-{number}")
+        x_values = [x for _, line in shown for x in line.x]
+        y_values = [y for _, line in shown for y in line.y]
+        whole = all(float(x).is_integer() for x in x_values)  # what is counted has no halves
+        axes.set_xlim(0, max(x_values) or 1)
+        axes.xaxis.set_major_locator(_round_numbers(integer=whole))
+        low, high = min(y_values), max(y_values)
+        margin = 0 if high - low > 1e-9 * abs(high) else 0.1 * max(abs(high), 0.5)  # a flat line lies in the middle
+        ticks = _round_numbers().tick_values(low - margin, high + margin)
+        axes.set_ylim(ticks[0], ticks[-1])
+        axes.set_yticks(ticks)
+        _write_numbers(axes.xaxis, max(x_values))
+        _write_numbers(axes.yaxis, max(abs(low), abs(high)))
+        axes.grid(axis="y")
+        return _svg(figure, key, title, _description([line for _, line in shown], x_label))
 
 
 @dataclass(frozen=True)
@@ -109,40 +121,40 @@ def bar_chart(
     mark: float | None = None,
 ) -> str:
     """An ``<svg>`` of horizontal bars from zero, side by side or ``stacked``, under the name of their group, with a
-    dashed line at ``mark``. ``key`` and the colours are as in `line_chart`; at least one value is needed."""
-    ends = [end for bars in series for found in bars.intervals if found for end in found]
+    dashed line at ``mark`` and the numbers in a column at the right. ``key`` and the colours are as in `line_chart`; at
+    least one value is needed."""
     values = [[bars.values[group] for bars in series] for group in range(len(groups))]
     filled = [number for number, row in enumerate(values) if any(value is not None for value in row)]
+    counts = [sum(value is not None for value in values[group]) for group in filled]
+    tall = [HEADING + (STACK + 3 if stacked else count * (BAR + 3)) + BETWEEN for count in counts]
     longest = [sum(v or 0 for v in row) if stacked else max(v or 0 for v in row) for row in values]
-    ticks = _ticks(0, max([*longest, *ends, mark or 0]) or 1, enclosing=True)
-    right = WIDTH - 44  # room for the number behind the longest bar
-
-    def px(x: float) -> float:
-        return x / ticks[-1] * right
-
-    marks, y = [], TOP - 6.0
-    for number in filled:
-        marks.append(f'<text x="0" y="{y + 12:.1f}">{escape(groups[number])}</text>')
-        drawn, y = (_stack if stacked else _side_by_side)(series, number, y + 17, px, digits)
-        marks += drawn
-        y += 9
-    for tick, text in zip(ticks, _tick_texts(ticks), strict=True):
-        x = f"{px(tick):.1f}"
-        anchor = "start" if tick == 0 else "middle"
-        marks.insert(0, f'<line class="grid" x1="{x}" x2="{x}" y1="{TOP - 8}" y2="{y:.1f}"/>')
-        marks.append(f'<text class="soft" x="{x}" y="{y + LINE - 3:.1f}" text-anchor="{anchor}">{text}</text>')
-    if mark is not None:
-        marks.append(f'<line class="mark" x1="{px(mark):.1f}" x2="{px(mark):.1f}" y1="{TOP - 8}" y2="{y:.1f}"/>')
-    marks.sort(key=lambda part: part.startswith("<text"))  # which the others must not strike through
-    marks.append(f'<text class="soft" x="0" y="{y + 2 * LINE - 3:.1f}">{escape(x_label)}</text>')
-    names = [(bars.name, _bar_sample(number)) for number, bars in enumerate(series)]
-    legend, height = _legend(names, round(y + 3 * LINE)) if len(series) > 1 else ([], round(y + 2 * LINE + 6))
-    spoken = "; ".join(
-        f"{group}: " + ", ".join(f"{b.name} {v:.{digits}f}" for b, v in zip(series, row, strict=True) if v is not None)
-        for group, row in zip(groups, values, strict=True)
-    )
-    head = _head(key, title, f"{x_label}. {spoken}.", height)
-    return "\n".join([head, f'<text class="title" x="0" y="14">{escape(title)}</text>', *marks, *legend, "</svg>"])
+    ends = [end for bars in series for found in bars.intervals if found for end in found]
+    ticks = _round_numbers().tick_values(0, max([*longest, *ends, mark or 0]) or 1)
+    high = ticks[-1]
+    names = [(number, bars.name) for number, bars in enumerate(series)] if len(series) > 1 else []
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _drawing(title, x_label, left=0, right=NUMBER, height=sum(tall), names=names, bars=True)
+        axes.set_xlim(0, high)
+        axes.set_ylim(sum(tall), 0)  # pixels, downwards
+        top = 0.0
+        for group, height in zip(filled, tall, strict=True):
+            heading = axes.text(0, top + HEADING / 2, groups[group], va="center")
+            heading.set_bbox({"facecolor": PAGE, "edgecolor": "none", "pad": 1})  # no line strikes it through
+            _draw_group(axes, series, group, top + HEADING, high, digits, stacked)
+            top += height
+        if mark is not None:
+            axes.axvline(mark, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1.5).set_gid("mark")
+        axes.set_yticks([])
+        axes.set_xticks(ticks)
+        axes.get_xticklabels()[0].set_horizontalalignment("left")  # at the edge of the drawing
+        _write_numbers(axes.xaxis, high)
+        axes.grid(axis="x")
+        spoken = "; ".join(
+            f"{group}: "
+            + ", ".join(f"{b.name} {v:.{digits}f}" for b, v in zip(series, row, strict=True) if v is not None)
+            for group, row in zip(groups, values, strict=True)
+        )
+        return _svg(figure, key, title, f"{x_label}. {spoken}.")
 
 
 def standalone(svg: str) -> str:
@@ -151,95 +163,76 @@ def standalone(svg: str) -> str:
     return svg.replace(' role="img"', f' width="{2 * WIDTH}" role="img"', 1).replace("<title", f"{style}<title", 1)
 
 
-def _head(key: str, title: str, description: str, height: int) -> str:
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {WIDTH} {height}" role="img" '
-        f'aria-labelledby="{key}-title {key}-description"><title id="{key}-title">{escape(title)}</title>'
-        f'<desc id="{key}-description">{escape(description)}</desc>'
-    )
+def _drawing(
+    title: str, x_label: str, *, left: int, right: int, height: float, names: Sequence[tuple[int, str]], bars: bool
+) -> tuple[Figure, Axes]:
+    """A figure of one pair of axes that many pixels high, with room for their labels, and a legend of these series."""
+    columns = 1
+    if names:
+        names = [(number, name if len(name) <= LONGEST_NAME else f"{name[:47]}…") for number, name in names]
+        widest = max(len(name) for _, name in names)
+        columns = max(1, min(len(names), int(WIDTH / (46 + widest * CHARACTER))))
+    legend = LINE * -(-len(names) // columns)
+    total = TOP + height + 2 * LINE + 6 + legend
+    figure = Figure(figsize=(WIDTH / 72, total / 72), dpi=72)  # a point is a pixel
+    figure.patch.set_visible(False)
+    below = total - TOP - height
+    axes = figure.add_axes((left / WIDTH, below / total, (WIDTH - left - right) / WIDTH, height / total))
+    axes.patch.set_visible(False)
+    axes.spines[:].set_visible(False)
+    figure.text(0, (total - 14) / total, title, fontsize=14, fontweight=700)
+    figure.text(left / WIDTH, (legend + 8) / total, x_label, color=SOFT)
+    for place, (number, name) in enumerate(names):
+        x = place % columns * WIDTH / columns
+        y = legend - LINE * (place // columns) - LINE / 2
+        if bars:
+            sample: Any = Rectangle((x / WIDTH, (y - 5) / total), 28 / WIDTH, 11 / total, facecolor=_colour(number))
+        else:
+            sample = Line2D([x / WIDTH, (x + 28) / WIDTH], [y / total] * 2, color=_colour(number))
+            sample.set_linestyle(DASHES[number % len(DASHES)])
+        figure.add_artist(sample)
+        figure.text((x + 34) / WIDTH, y / total, name, va="center").set_gid(f"legend-{place}")
+    return figure, axes
 
 
-def _side_by_side(
-    series: Sequence[Bars], group: int, y: float, px: Callable[[float], float], digits: int
-) -> tuple[list[str], float]:
-    """The bars of a group one below the other, and where they end."""
-    parts = []
+def _draw_group(
+    axes: Axes, series: Sequence[Bars], group: int, y: float, high: float, digits: int, stacked: bool
+) -> None:
+    """The bars of a group one below the other, or one behind the other with their sum."""
+    total, height = 0.0, STACK if stacked else BAR
+    numbers = {"x": high * WIDTH / (WIDTH - NUMBER), "ha": "right", "va": "center", "color": SOFT}
     for number, bars in enumerate(series):
         value = bars.values[group]
         if value is None:
             continue
-        parts.append(f'<rect style="fill:{_colour(number)}" x="0" y="{y:.1f}" width="{px(value):.1f}" height="11"/>')
-        interval = bars.intervals[group] if bars.intervals else None
-        if interval:
-            low, high, middle = px(interval[0]), px(interval[1]), y + 5.5
-            parts.append(
-                f'<path class="whisker" d="M{low:.1f} {middle:.1f}H{high:.1f}M{low:.1f} {middle - 3:.1f}v6'
-                f'M{high:.1f} {middle - 3:.1f}v6"/>'
-            )
-        end = max(px(value), px(interval[1]) if interval else 0)
-        parts.append(f'<text class="value" x="{end + 5:.1f}" y="{y + 10:.1f}">{value:.{digits}f}</text>')
-        y += 14
-    return parts, y
-
-
-def _stack(
-    series: Sequence[Bars], group: int, y: float, px: Callable[[float], float], digits: int
-) -> tuple[list[str], float]:
-    """The bars of a group one behind the other, with their sum, and where they end."""
-    parts, total = [], 0.0
-    for number, bars in enumerate(series):
-        value = bars.values[group] or 0.0
-        parts.append(
-            f'<rect style="fill:{_colour(number)}" x="{px(total):.1f}" y="{y:.1f}" width="{px(value):.1f}" '
-            f'height="14"><title>{escape(bars.name)}: {value:.{digits}f}</title></rect>'
-        )
-        total += value
-    parts.append(f'<text class="value" x="{px(total) + 5:.1f}" y="{y + 11:.1f}">{total:.{digits}f}</text>')
-    return parts, y + 17
-
-
-def _line(line: Series, number: int, px: Callable[[float], float], py: Callable[[float], float]) -> list[str]:
-    points = [(px(x), py(y)) for x, y in zip(line.x, line.y, strict=True)]
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    parts = [f'<polyline class="line" style="{_style(number)}" points="{path}"/>']
-    if len(points) <= 25:
-        dot = f'<circle style="fill:{_colour(number)}" r="3"'
-        parts += [
-            f'{dot} cx="{x:.1f}" cy="{y:.1f}"><title>{escape(line.name)}: {value:.4g}</title></circle>'
-            for (x, y), value in zip(points, line.y, strict=True)
-        ]
-    return parts
+        (bar,) = axes.barh(y, value, height, left=total, align="edge", color=_colour(number))
+        bar.set_gid(f"bar-{number}-{group}")
+        if stacked:
+            total += value
+            continue
+        if bars.intervals and (interval := bars.intervals[group]):
+            low, top = interval
+            axes.hlines(y + height / 2, low, top, colors=INK, linewidths=1.4).set_gid(f"whisker-{number}-{group}")
+            axes.vlines([low, top], y + 2, y + height - 2, colors=INK, linewidths=1.4)
+        axes.text(y=y + height / 2, s=f"{value:.{digits}f}", **numbers)
+        y += height + 3
+    if stacked:
+        axes.text(y=y + height / 2, s=f"{total:.{digits}f}", **numbers)
 
 
 def _colour(number: int) -> str:
-    return f"var(--series-{number % len(LIGHT)})"
+    return f"#0501{number % len(LIGHT):02x}"
 
 
-def _style(number: int) -> str:
-    return f"stroke:{_colour(number)};stroke-dasharray:{DASHES[number % len(DASHES)]}"
+def _round_numbers(*, integer: bool = False) -> MaxNLocator:
+    return MaxNLocator(6, steps=[1, 2, 5, 10], integer=integer)
 
 
-def _line_sample(number: int) -> Callable[[float, float], str]:
-    style = _style(number)
-    return lambda x, y: f'<line class="line" style="{style}" x1="{x:.1f}" x2="{x + 28:.1f}" y1="{y}" y2="{y}"/>'
-
-
-def _bar_sample(number: int) -> Callable[[float, float], str]:
-    return lambda x, y: f'<rect style="fill:{_colour(number)}" x="{x:.1f}" y="{y - 6}" width="28" height="11"/>'
-
-
-def _legend(entries: Sequence[tuple[str, Callable[[float, float], str]]], top: int) -> tuple[list[str], int]:
-    """Samples and names in rows that fit the width, and the height of a drawing that ends below them."""
-    parts, x, y = [], 0.0, top
-    for name, sample in entries:
-        name = name if len(name) <= 48 else name[:47] + "…"
-        width = 34 + len(name) * CHARACTER + 12
-        if x > 0 and x + width > WIDTH:
-            x, y = 0.0, y + LINE
-        parts.append(sample(x, y))
-        parts.append(f'<text x="{x + 34:.1f}" y="{y}" dy="4">{escape(name)}</text>')
-        x += width
-    return parts, y + 12
+def _write_numbers(axis: Any, largest: float) -> None:
+    """Thousands and millions by letter, all else as it is."""
+    plain = ScalarFormatter(useOffset=False)
+    plain.set_scientific(False)
+    axis.set_major_formatter(EngFormatter(sep="") if largest >= 2000 else plain)
 
 
 def _description(series: Sequence[Series], x_label: str) -> str:
@@ -250,24 +243,21 @@ def _description(series: Sequence[Series], x_label: str) -> str:
     return f"Over {x_label}. {'; '.join(ends)}."
 
 
-def _ticks(low: float, high: float, *, enclosing: bool = False) -> list[float]:
-    """Four to eight round numbers between two values; ``enclosing`` adds those that enclose them."""
-    if high - low < 1e-9 * max(1.0, abs(high)):
-        margin = 0.1 * max(abs(high), 0.5)
-        low, high = low - margin, high + margin
-    exact = (high - low) / 6
-    power = 10.0 ** math.floor(math.log10(exact))
-    step = next(power * m for m in (1, 2, 5, 10) if power * m >= exact)
-    inner, outer = (math.floor, math.ceil) if enclosing else (math.ceil, math.floor)
-    slack = 1e-9 if enclosing else -1e-9  # a bound that is a tick but for rounding is one
-    first, last = inner(low / step + slack), outer(high / step - slack)
-    return [number * step for number in range(first, last + 1)]
-
-
-def _tick_texts(ticks: Sequence[float]) -> list[str]:
-    """As many decimals as tell neighbours apart; thousands and millions by letter."""
-    units = ((1e6, "M"), (1e3, "k"), (1.0, ""))
-    size, letter = next((size, letter) for size, letter in units if size == 1 or abs(ticks[-1]) >= 2 * size)
-    step = (ticks[1] - ticks[0]) / size
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    return [f"{tick / size:.{decimals}f}{letter}" if tick else "0" for tick in ticks]
+def _svg(figure: Figure, key: str, title: str, description: str) -> str:
+    """The drawing for a page: colours by variable, the page's own type, ids of its own, and a head that is read out."""
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": key}):
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    height = round(figure.get_figheight() * 72)
+    body = file.getvalue().partition("<svg")[2].partition(">")[2]
+    body = re.sub(r"\s*<defs>\s*<style.*?</style>\s*</defs>", "", body, count=1, flags=re.DOTALL)
+    body = re.sub("|".join(VARIABLES), lambda found: f"var({VARIABLES[found[0]]})", body)
+    body = re.sub(r" font-family: [^;\"]*;", "", body)  # that of the page
+    body = re.sub(r' transform="rotate\(-?0 [^"]*"', "", body)
+    body = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{key}-", body)
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" class="chart" '
+        f'viewBox="0 0 {WIDTH} {height}" role="img" aria-labelledby="{key}-title {key}-description">'
+        f'<title id="{key}-title">{escape(title)}</title><desc id="{key}-description">{escape(description)}</desc>'
+    )
+    return head + body.strip()

@@ -6,17 +6,22 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from confu.pages.chart import CSS as CHART_CSS
+from confu.pages.palette import CSS as PALETTE
 
 NONE = "–"  # stands for a number that there is none of
 CSS = (
-    CHART_CSS
+    PALETTE
     + ":root{color-scheme:light dark}"
     + "body{margin:0 auto;max-width:76rem;padding:1rem;font:1rem/1.5 system-ui,sans-serif;"
     + "background:var(--page);color:var(--ink)}h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2rem}"
     + ".charts{display:grid;gap:2rem 2.5rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,20rem),1fr))}"
     + "figure{margin:0}.chart{display:block;width:100%;max-width:34rem;height:auto}"
-    + ".wide{overflow-x:auto;max-width:max-content}table{border-collapse:collapse;font-size:.9rem}"
+    # A table that goes on beyond the window throws a shadow there.
+    + ".wide{overflow-x:auto;max-width:max-content;margin-bottom:1.5rem;background-repeat:no-repeat;"
+    + "background-attachment:local,local,scroll,scroll;background-size:2rem 100%,2rem 100%,.7rem 100%,.7rem 100%;"
+    + "background-position:left,right,left,right;background-image:linear-gradient(90deg,var(--page) 30%,transparent),"
+    + "linear-gradient(270deg,var(--page) 30%,transparent),linear-gradient(90deg,var(--soft),transparent),"
+    + "linear-gradient(270deg,var(--soft),transparent)}table{border-collapse:collapse;font-size:.9rem}"
     + "caption{text-align:left;color:var(--soft);padding-bottom:.3rem}"
     + "th,td{padding:.25rem .8rem .25rem 0;border-bottom:1px solid var(--grid);text-align:right;"
     + "font-variant-numeric:tabular-nums}tbody th{font-weight:400}"

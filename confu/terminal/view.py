@@ -188,7 +188,8 @@ def tuning_view(found: Tuning) -> Group:
     for name, value in (("contemplate", tree.contemplate), ("lookup", tree.lookup)):
         chosen += "" if value is None else f", {name} {value}"
     shares = next(trial.conditional_acceptance for trial in reversed(found.trials) if trial.tree == tree)
-    depths = "accepted at depth 1, 2, ... where all above were: " + " ".join(f"{share:.2f}" for share in shares)
+    accepted = " ".join(f"{share:.2f}" for share in shares[: tree.depth])  # beyond it are chains of lookup
+    depths = f"accepted at depth 1, 2, ... where all above were: {accepted}"
     return Group(cost_table, Text(""), trials, Text(""), Text(depths), Text(chosen, "bold"))
 
 
