@@ -82,8 +82,9 @@ def test_peers_answer_as_we_do(bench_run, tmp_path):  # noqa: F811
     assert "left out" not in err
 
 
-def test_the_reference_samples_the_targets_distribution(home):  # noqa: F811
+def test_the_reference_samples_the_targets_distribution(home, monkeypatch):  # noqa: F811
     """The second token, which a tree is verified for, over seeds against its exact law: chi-square."""
+    monkeypatch.setattr("confu.bench.peer.PATIENCE", 0.0)  # nothing is timed
     settings = SETTINGS | {"target": str(home / "target"), "model": str(home / "eagle3")}
     engine = PeerEngine(sys.executable, "eagle3_rule", settings)
     prompt, temperature, draws = [256, 48], 1.0, 400
