@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib
 import pytest
 
 from confu import cli
@@ -127,7 +128,7 @@ def test_points_lie_where_the_axes_say():
 @pytest.mark.parametrize(
     ("y", "ticks"),
     [
-        ([0.0, 1.0], ["0", "0.2", "0.4", "0.6", "0.8", "1.0"]),
+        ([0.0, 1.0], ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]),
         ([0.31, 0.42], ["0.30", "0.32", "0.34", "0.36", "0.38", "0.40", "0.42"]),
         ([6.4, 28.0], ["5", "10", "15", "20", "25", "30"]),
         ([-3.0, 8.0], ["-4", "-2", "0", "2", "4", "6", "8"]),
@@ -167,7 +168,14 @@ def test_legend_stays_within_the_drawing_and_long_names_are_cut():
 
 def test_the_same_numbers_are_the_same_bytes():
     lines = [Series("a", [1, 2], [2.0, 1.0])]
-    assert line_chart("k", "t", "x", lines) == line_chart("k", "t", "x", lines)
+    drawn = line_chart("k", "t", "x", lines)
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "lines.linewidth": 9}):
+        assert line_chart("k", "t", "x", lines) == drawn
+
+
+def test_names_are_no_formulas():
+    svg = line_chart("k", "$a$ & <b>", "x", [Series("$x^2$", [1], [2.0]), Series("b_1", [1], [2.0])])
+    assert [text for text in texts(svg) if "$" in text] == ["$a$ & <b>", "$x^2$"]
 
 
 def test_a_file_of_its_own_brings_its_colours():

@@ -15,6 +15,7 @@ from html import escape
 from typing import Any
 
 import matplotlib
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -39,6 +40,7 @@ VARIABLES = {INK: "--ink", SOFT: "--soft", GRID: "--grid", PAGE: "--page"}
 VARIABLES |= {f"#0501{number:02x}": f"--series-{number}" for number in range(len(LIGHT))}
 STYLE = {
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "font.size": 12,
     "text.color": INK,
     "xtick.labelcolor": SOFT,
@@ -71,7 +73,7 @@ def line_chart(key: str, title: str, x_label: str, series: Sequence[Series]) -> 
     """
     shown = [(number, line) for number, line in enumerate(series) if line.x]
     names = [(number, line.name) for number, line in shown] if len(series) > 1 else []
-    with matplotlib.rc_context(STYLE):
+    with style.context(["default", STYLE]):  # whatever the user's own style is
         figure, axes = _drawing(title, x_label, left=LEFT, right=RIGHT, height=PLOT_HEIGHT, names=names, bars=False)
         for number, line in shown:
             (drawn,) = axes.plot(
@@ -132,7 +134,7 @@ def bar_chart(
     ticks = _round_numbers().tick_values(0, max([*longest, *ends, mark or 0]) or 1)
     high = ticks[-1]
     names = [(number, bars.name) for number, bars in enumerate(series)] if len(series) > 1 else []
-    with matplotlib.rc_context(STYLE):
+    with style.context(["default", STYLE]):  # whatever the user's own style is
         figure, axes = _drawing(title, x_label, left=0, right=NUMBER, height=sum(tall), names=names, bars=True)
         axes.set_xlim(0, high)
         axes.set_ylim(sum(tall), 0)  # pixels, downwards
