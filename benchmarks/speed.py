@@ -62,7 +62,7 @@ CPU = torch.device("cpu")
 PREFIX = 256  # tokens before the forwards of `forward`
 TREE_NODES = 16  # of the tree of `prefix`
 WINDOW, MOST_WINDOWS = 512, 20
-SPINS, OTHERS = (300_000, 20_000, 5_000, 1_000), (0, 1, 2)  # the first is OpenMP's own; processes of other work
+SPINS, OTHERS = (300_000, 20_000, 10_000, 5_000, 1_000), (0, 1, 2)  # the first is OpenMP's own; processes of other work
 FORWARDS = 5  # times as many repeats of single forwards, which are short
 
 

@@ -565,7 +565,7 @@ def test_closed_pipe_is_silent():
 @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="set for GNU OpenMP on x86 alone")
 def test_threads_spin_briefly_unless_told_otherwise():
     code = "import os, confu; print(os.environ.get('GOMP_SPINCOUNT'))"
-    for given, expected in (({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")):
+    for given, expected in (({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")):
         bare = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
         run = [sys.executable, "-c", code]
         assert (
