@@ -333,10 +333,11 @@ def speed(folder: Path) -> str:
     by_conditions: dict[str, list[str]] = {}
     for part in dict.fromkeys(row["part"] for row in rows):
         how, machine = run[part], run[part]["machine"]
-        contemplate = "every node" if how["contemplate"] is None else counted(how["contemplate"], "node")
+        rows_for = "every node" if how["contemplate"] is None else counted(how["contemplate"], "node")
+        contemplate = f", contemplate rows for {rows_for}" if part == "batch" else ""
         said = (
-            f"{how['target']} in {how['dtype']}, answers of {how['new_tokens']} tokens, {how['repeats']} repeats, "
-            f"contemplate rows for {contemplate}; {machine['cpu']}, {machine['threads']} of "
+            f"{how['target']} in {how['dtype']}, answers of {how['new_tokens']} tokens, {how['repeats']} "
+            f"repeats{contemplate}; {machine['cpu']}, {machine['threads']} of "
             f"{machine['cores']} cores, torch {machine['torch']}, transformers {machine['transformers']}, commit "
             f"{(how['commit'] or 'unknown')[:10]}{' (modified)' if how['dirty'] else ''}, {how['date']}."
         )

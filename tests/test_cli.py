@@ -576,9 +576,13 @@ def test_threads_spin_briefly_unless_told_otherwise():
 # ---------------------------------------------------------------- tune
 
 
-def test_what_tune_found_is_used(confu_run, home, monkeypatch):
+def test_what_tune_found_is_used(confu_run, home, monkeypatch, tmp_path):
     from confu import tune
 
+    few = tmp_path / "prompts.jsonl"
+    few.write_text('{"name": "one", "prompt": "one two"}\n' * 2, encoding="utf-8")
+    monkeypatch.setattr(lossless, "PROMPTS", few)
+    monkeypatch.setattr(tune, "PROMPTS", few)
     sizes = {"ROWS": (1, 8), "BATCHES": (1,), "PREFIX": 16, "CONTEMPLATE": (None, 0), "PASSES": 1}
     for name, value in (sizes | {"TREES": (TreeConfig(nodes=8, depth=3, topk=3),)}).items():
         monkeypatch.setattr(tune, name, value)

@@ -51,6 +51,17 @@ def test_compatibility_shows_a_run_of_todays_tests():
     assert "not run" not in page
 
 
+# `confu tune` over one prompt and few sizes.
+BRIEFLY = """
+import sys
+from pathlib import Path
+from confu import cli, lossless, tune
+lossless.PROMPTS = tune.PROMPTS = Path("prompts.jsonl")
+tune.ROWS, tune.BATCHES, tune.REPEATS, tune.PASSES, tune.TREES = (1, 8, 16), (1,), 1, 1, tune.TREES[:1]
+sys.exit(cli.run(sys.argv[1:]))
+"""
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_readme_command_runs(command, tmp_path):
     (tmp_path / "notes.txt").write_text("Say one two three one two three.", encoding="utf-8")
@@ -61,10 +72,12 @@ def test_readme_command_runs(command, tmp_path):
     if "tune" in command:  # what so short a run finds must not stay
         shutil.copytree(draft_path("smollm2-135m-confu"), tmp_path / "draft")
         command = command.replace("smollm2-135m-confu", "./draft")
+        (tmp_path / "prompts.jsonl").write_text('{"name": "one", "prompt": "Name three colours."}\n', encoding="utf-8")
     words, _, stdin = command.partition("<")
     words = f"{words} {SHORT.get(words.split()[1], '')}".format(out=tmp_path / "run")
+    confu = [sys.executable, "-c", BRIEFLY] if "tune" in command else [str(Path(sys.executable).parent / "confu")]
     run = subprocess.run(
-        [str(Path(sys.executable).parent / "confu"), *shlex.split(words)[1:]],
+        [*confu, *shlex.split(words)[1:]],
         cwd=tmp_path,
         input=(tmp_path / stdin.strip()).read_text() if stdin else "What is a whale?\n",
         capture_output=True,

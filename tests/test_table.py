@@ -220,6 +220,9 @@ def made_speed() -> list[dict]:
         rows.append({**tokens, "case": "d", **shape, "tau": 1.5, "seconds": [1.0, 2.0, 1.0]})
     memory = {"weight_bytes": 80_000_000, "cache_bytes": 20_000_000}
     rows.append({"part": "memory", "case": "d", **memory, "before_bytes": 50_000_000, "peak_bytes": 200_000_000})
+    for spin, s in ((300_000, 2.0), (10_000, 1.0)):
+        slow = {"case": "plain", "spin": spin, "others": 1, "num_tokens": 10}
+        rows.append({"part": "busy", **slow, "seconds": [s, 9.0, 0.1]})
     for rounded, nll in ((None, [10.0, 10.0]), ("int8", [11.0, 9.5])):
         rows.append({"part": "quality", "dtype": "float32", "quantization": rounded, "num_tokens": 5, "nll": nll})
     return rows
@@ -247,14 +250,18 @@ def test_speed_is_a_table_for_each_part(table, tmp_path):
         "| d, 8 nodes, depth 4 | 10.0 (2.00, tau 1.50) | 20.0 (2.00, tau 1.50) |",
         "| draft | weights | caches | peak | peak / (weights + caches) |",
         "| d | 80.0 | 20.0 | 150.0 | 1.50 |",
+        "| decoding | busy processes | 300,000 | 10,000 |",
+        "| plain | 1 | 5.0 | 10.0 |",
         "| dtype | rounded to | perplexity | over float32 | 95 % |",
         "| float32 | – | 7.389 | 1.0000 | – |",
         "| float32 | int8 | 7.768 | 1.0513 | 0.9048 to 1.2214 |",
     ]
     notes = [line for line in lines if "2026-01-01" in line]
-    assert [note.partition(":")[0] for note in notes] == ["forward, plain, prefix, batch, quality", "memory"]
+    parts = ["forward, plain, prefix, busy, quality", "batch", "memory"]
+    assert [note.partition(":")[0] for note in notes] == parts
     assert "1 of 2 cores" in notes[0]
-    assert "(modified)" in notes[1]
+    assert ["contemplate rows for every node" in note for note in notes] == [False, True, False]
+    assert "(modified)" in notes[2]
 
 
 def test_speed_shows_the_parts_that_there_are(table, tmp_path):
