@@ -106,7 +106,8 @@ def _verdicts(findings: Findings) -> list[str]:
     own = [found for name, found in findings.compared.items() if run["methods"][name]["engine"] == OURS]
     compared = sum(found.num_compared for found in own)
     sentences = list(findings.failures)
-    sentences += [findings.unfinished] * bool(findings.unfinished)
+    if findings.unfinished:
+        sentences.append(findings.unfinished)
     if not findings.failures and compared:
         differ, ties = sum(len(f.differences) for f in own), sum(d.is_tie for f in own for d in f.differences)
         if run["dtype"] == "float32" or differ == 0:

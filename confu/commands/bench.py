@@ -148,7 +148,7 @@ def show_results(terminal: Terminal, path: Path, out: Path) -> bool:
         for line in (*ratio_lines(findings), conditions(results)):
             terminal.say(line, style="dim")
         terminal.write(f"{report}\n")
-    for sentence in [*findings.failures, *findings.errors, *[findings.unfinished] * bool(findings.unfinished)]:
+    for sentence in filter(None, (*findings.failures, *findings.errors, findings.unfinished)):
         terminal.complain(sentence)
     return not findings.failures
 
