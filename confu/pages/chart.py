@@ -36,8 +36,9 @@ DOTTED = 25  # points of a line that are shown one by one
 
 # Stand-ins: colours that become variables.
 INK, SOFT, GRID, PAGE = "#010101", "#020202", "#030303", "#040404"
+COLOURS = [f"#0501{number:02x}" for number in range(len(LIGHT))]  # of the series
 VARIABLES = {INK: "--ink", SOFT: "--soft", GRID: "--grid", PAGE: "--page"}
-VARIABLES |= {f"#0501{number:02x}": f"--series-{number}" for number in range(len(LIGHT))}
+VARIABLES |= {colour: f"--series-{number}" for number, colour in enumerate(COLOURS)}
 STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -171,7 +172,7 @@ def _drawing(
     """A figure of one pair of axes that many pixels high, with room for their labels, and a legend of these series."""
     columns = 1
     if names:
-        names = [(number, name if len(name) <= LONGEST_NAME else f"{name[:47]}…") for number, name in names]
+        names = [(number, name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…") for number, name in names]
         widest = max(len(name) for _, name in names)
         columns = max(1, min(len(names), int(WIDTH / (46 + widest * CHARACTER))))
     legend = LINE * -(-len(names) // columns)
@@ -223,7 +224,7 @@ def _draw_group(
 
 
 def _colour(number: int) -> str:
-    return f"#0501{number % len(LIGHT):02x}"
+    return COLOURS[number % len(COLOURS)]
 
 
 def _round_numbers(*, integer: bool = False) -> MaxNLocator:
