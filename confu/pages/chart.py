@@ -172,7 +172,7 @@ def _drawing(
     """A figure of one pair of axes that many pixels high, with room for their labels, and a legend of these series."""
     columns = 1
     if names:
-        names = [(number, name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…") for number, name in names]
+        names = [(number, _shortened(name)) for number, name in names]
         widest = max(len(name) for _, name in names)
         columns = max(1, min(len(names), int(WIDTH / (46 + widest * CHARACTER))))
     legend = LINE * -(-len(names) // columns)
@@ -221,6 +221,10 @@ def _draw_group(
         y += height + 3
     if stacked:
         axes.text(y=y + height / 2, s=f"{total:.{digits}f}", **numbers)
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
 def _colour(number: int) -> str:
